@@ -1,0 +1,118 @@
+"""The one Hugging Face configuration for BlockFFN and every baseline.
+
+A method is a value of `ffn_type` and `router_type`; everything else is shared. Sizes and methods of the paper are in
+`blockffn.presets`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+ATTENTION_TYPES = ("mla", "gqa")
+FFN_TYPES = ("moe", "dense")
+ROUTER_TYPES = ("relu_rmsnorm", "relu")
+
+
+@strict
+class BlockFFNConfig(PreTrainedConfig):
+    """Architecture of a causal language model with a sparse (or dense) feed-forward network.
+
+    Attributes:
+        ffn_type: `moe` (router and experts) or `dense` (gated SiLU of width `intermediate_size`, the control).
+        router_type: `relu_rmsnorm` (the paper's `RMSNorm(ReLU(W x))`) or `relu` (the same without the norm).
+        num_experts, moe_intermediate_size: number and width of the experts.
+        expert_gated: experts are `silu(gate x) * (up x)`; an ablation, the paper's experts are not gated.
+        attention_type: `mla` (latent attention: `q_lora_rank`, `kv_lora_rank`, `qk_nope_head_dim`, `qk_rope_head_dim`,
+            `v_head_dim`) or `gqa` (grouped queries: `num_key_value_heads`, `head_dim`).
+        lora_norm_eps: epsilon of the norms of MLA's two latents; 1e-6 in the published models.
+        scale_emb: factor on embeddings. scale_depth: residual branches are scaled by `scale_depth / sqrt(layers)`;
+            `None` leaves them alone. dim_model_base: hidden states are divided by `hidden_size / dim_model_base` before
+            the language-model head; `None` leaves them alone.
+        initializer_range: standard deviation at `dim_model_base`; matrices get it over `sqrt(hidden_size / dim_model_base)`.
+    """
+
+    model_type = "blockffn"
+    keys_to_ignore_at_inference = ["past_key_values", "routings"]
+
+    vocab_size: int = 122753
+    hidden_size: int = 768
+    num_hidden_layers: int = 16
+    rms_norm_eps: float = 1e-5
+
+    ffn_type: str = "moe"
+    router_type: str = "relu_rmsnorm"
+    num_experts: int = 48
+    moe_intermediate_size: int = 64
+    expert_gated: bool = False
+    intermediate_size: int = 2064
+
+    attention_type: str = "mla"
+    num_attention_heads: int = 6
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    q_lora_rank: int = 768
+    kv_lora_rank: int = 256
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    lora_norm_eps: float = 1e-6
+    attention_dropout: float = 0.0
+    max_position_embeddings: int = 4096
+    rope_parameters: dict[str, Any] | None = None
+
+    scale_emb: float = 12.0
+    scale_depth: float | None = 1.4
+    dim_model_base: int | None = 256
+    initializer_range: float = 0.1
+
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.attention_type == "mla":
+            self.head_dim = self.qk_rope_head_dim  # what Hugging Face's rotary embedding reads
+        elif self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Called by `@strict` after every construction. Raises `ValueError` naming the field that is wrong."""
+        _check_choice("attention_type", self.attention_type, ATTENTION_TYPES)
+        _check_choice("ffn_type", self.ffn_type, FFN_TYPES)
+        _check_choice("router_type", self.router_type, ROUTER_TYPES)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts",
+                     "moe_intermediate_size", "intermediate_size"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_key_value_heads is not None and self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(f"rotary embeddings need an even head dimension, got {self.head_dim}")
+
+    @property
+    def residual_scale(self) -> float:
+        """Factor on each residual branch."""
+        return 1.0 if self.scale_depth is None else self.scale_depth / self.num_hidden_layers**0.5
+
+    @property
+    def width_multiplier(self) -> float:
+        """`hidden_size / dim_model_base`: divides the head's input and the learning rate of matrices (muP)."""
+        return 1.0 if self.dim_model_base is None else self.hidden_size / self.dim_model_base
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

@@ -1,0 +1,1 @@
+"""Numerical operations on plain tensors. Each op is a folder; its `__init__` is its contract."""

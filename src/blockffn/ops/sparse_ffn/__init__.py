@@ -1,0 +1,70 @@
+"""The sparse feed-forward network: `y = sum_e weights[:, e] * down_e(act(up_e(x)))` over active experts.
+
+Contract, equal for every backend:
+
+    x_TD          [T, D]     tokens
+    up_proj_EFD   [E, F, D]  one contiguous block per expert
+    down_proj_EFD [E, F, D]  the transpose of the usual `[D, F]`, so that an expert is one read
+    weights_TE    [T, E]     routing weights; an expert with weight 0 contributes exactly nothing
+    gate_proj_EFD [E, F, D]  optional; the expert is then `silu(gate x) * (up x)` instead of `silu(up x)`
+    returns       [T, D]     in the dtype of `x_TD`
+
+All tensors share one device and, on every backend but `reference`, one dtype for `x` and the projections.
+
+Backends:
+    reference  the definition, in float32, one expert after the other; differentiable; slow
+    dense      two matrix products over all experts; differentiable; the training path
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from blockffn.ops.sparse_ffn.dense import sparse_ffn_dense
+from blockffn.ops.sparse_ffn.reference import sparse_ffn_reference
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": sparse_ffn_reference,
+    "dense": sparse_ffn_dense,
+}
+
+
+def sparse_ffn(
+    x_TD: Tensor,
+    up_proj_EFD: Tensor,
+    down_proj_EFD: Tensor,
+    weights_TE: Tensor,
+    *,
+    gate_proj_EFD: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Apply the active experts of each token and sum them, weighted. Shapes as in the module docstring.
+
+    Raises:
+        ValueError: shapes disagree, or `backend` is unknown.
+    """
+    check_shapes(x_TD, up_proj_EFD, down_proj_EFD, weights_TE, gate_proj_EFD)
+    if backend == "auto":
+        backend = "dense"
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r} for sparse_ffn; choose one of {sorted(BACKENDS)} or 'auto'")
+    return BACKENDS[backend](x_TD, up_proj_EFD, down_proj_EFD, weights_TE, gate_proj_EFD=gate_proj_EFD)
+
+
+def check_shapes(
+    x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor, gate_proj_EFD: Tensor | None
+) -> None:
+    """Raise `ValueError` naming the tensor whose shape breaks the contract."""
+    if x_TD.ndim != 2 or up_proj_EFD.ndim != 3:
+        raise ValueError(
+            f"sparse_ffn needs x [T, D] and up_proj [E, F, D], got {tuple(x_TD.shape)} and {tuple(up_proj_EFD.shape)}"
+        )
+    (T, D), (E, F, _) = x_TD.shape, up_proj_EFD.shape
+    expected = {"up_proj": (up_proj_EFD, (E, F, D)), "down_proj": (down_proj_EFD, (E, F, D)), "weights": (weights_TE, (T, E))}
+    if gate_proj_EFD is not None:
+        expected["gate_proj"] = (gate_proj_EFD, (E, F, D))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"sparse_ffn: {name} has shape {tuple(tensor.shape)}, expected {shape}")
