@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from blockffn.objectives.counts import check_layout, full_precision, masked_mean, neighbour_pairs
 
@@ -38,13 +40,35 @@ def activation_locality(
         ValueError: wrong shapes.
     """
     check_layout(logits, document_ids)
-    # Recomputing in the backward pass keeps nothing but the logits, which the model holds anyway.
-    losses = checkpoint(_pair_losses, logits, sharpness, use_reentrant=False, preserve_rng_state=False)
+    losses: Tensor = _PairLosses.apply(logits, sharpness)
     return masked_mean(losses, None if document_ids is None else neighbour_pairs(document_ids), normalizer)
 
 
-def _pair_losses(logits: Tensor, sharpness: float) -> Tensor:
-    """`[B, T, E]` to the mean over experts of each pair of neighbours, `[B, T - 1]`."""
-    scaled = sharpness * full_precision(logits)
-    losses = F.binary_cross_entropy_with_logits(scaled[:, :-1], scaled[:, 1:].sigmoid(), reduction="none")
-    return losses.mean(dim=-1)
+class _PairLosses(torch.autograd.Function):
+    """`[B, T, E]` logits to each pair's mean over experts `[B, T - 1]`.
+
+    Plain autograd would keep several float32 copies of the logits per layer. This keeps the logits alone, which the
+    model holds anyway, and one sigmoid of them serves both sides of all pairs:
+    with `z = a·logits`, `y = sigmoid(z)` the loss is `softplus(z_t) - z_t·y_{t+1}`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, sharpness: float) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.sharpness = sharpness
+        scaled = sharpness * full_precision(logits)
+        left, target = scaled[:, :-1], scaled[:, 1:].sigmoid()
+        # Below -40 softplus is 0 in any precision that matters, and its exponential is denormal: slow on CPUs.
+        return (F.softplus(left.clamp(min=-40)) - left * target).mean(dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None]:
+        (logits,) = ctx.saved_tensors
+        scaled = ctx.sharpness * full_precision(logits)
+        soft = scaled.sigmoid()
+        target = soft[:, 1:]
+        grad_left = soft[:, :-1] - target
+        grad_target = scaled[:, :-1] * target * (target - 1)
+        factor = (grad_losses * (ctx.sharpness / logits.shape[-1])).unsqueeze(-1)
+        grad = F.pad(factor * grad_left, (0, 0, 0, 1)) + F.pad(factor * grad_target, (0, 0, 1, 0))
+        return grad.to(logits.dtype), None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from blockffn.objectives.counts import (
@@ -65,7 +64,7 @@ def chunk_sparsification(
 
 
 def _chunk_losses(shares: Tensor, chunk_length: int, document_ids: Tensor | None, aligned: bool) -> Tensor:
-    """Mean over experts, of each window `[B, W]` or of the part of a document that starts at each position `[B, W, L]`."""
+    """Mean over experts: of each window `[B, W]`, or, where documents may meet, of each token's part `[B, W, L]`."""
     log_unused = torch.log1p(full_precision(shares) * (_SATURATION - 1))
     if document_ids is None:
         sums = _windows(log_unused, chunk_length).sum(dim=2)
@@ -73,7 +72,7 @@ def _chunk_losses(shares: Tensor, chunk_length: int, document_ids: Tensor | None
         kept = torch.where(valid_tokens(document_ids).unsqueeze(-1), log_unused, 0)
         sums = _windows(kept, chunk_length).sum(dim=2)
     else:
-        sums = _sums_to_end_of_document(_windows(log_unused, chunk_length), _windows(document_ids, chunk_length))
+        sums = _sums_over_document(_windows(log_unused, chunk_length), _windows(document_ids, chunk_length))
     return -torch.expm1(sums).mean(dim=-1)
 
 
@@ -82,17 +81,12 @@ def _windows(x: Tensor, chunk_length: int) -> Tensor:
     return x.unflatten(1, (x.shape[1] // chunk_length, chunk_length))
 
 
-def _sums_to_end_of_document(values_BWLE: Tensor, document_ids_BWL: Tensor) -> Tensor:
-    """Each position's value plus those of the later positions of its document in its window, `[B, W, L, E]`.
+def _sums_over_document(values_BWLE: Tensor, document_ids_BWL: Tensor) -> Tensor:
+    """At each position the sum over all positions of its document in its window, `[B, W, L, E]`.
 
-    A segmented scan: the reach of each sum doubles until it spans the window. Only additions of elements, so that
-    neither autocast nor TF32 coarsens it, as they would a product with the same-document matrix; and no differences of
-    running sums, so that an expert that a part does not use sums to exactly 0.
+    A product with the same-document matrix: deterministic, unlike a scatter, and exactly 0 for an expert that a part
+    does not use, unlike differences of running sums.
     """
-    sums, reach = values_BWLE, 1
-    while reach < values_BWLE.shape[2]:
-        same = document_ids_BWL[:, :, reach:] == document_ids_BWL[:, :, :-reach]
-        rest = torch.where(same.unsqueeze(-1), sums[:, :, reach:], 0)
-        sums = sums + F.pad(rest, (0, 0, 0, reach))
-        reach *= 2
-    return sums
+    same = document_ids_BWL.unsqueeze(-1) == document_ids_BWL.unsqueeze(-2)
+    with torch.autocast(values_BWLE.device.type, enabled=False):
+        return same.to(values_BWLE.dtype) @ values_BWLE
