@@ -8,9 +8,8 @@ from blockffn.metrics.cost import (
     parameter_counts,
     weight_bytes_per_token,
 )
-from blockffn.metrics.meter import SparsityMeter
 from blockffn.metrics.report import LayerSparsity, Sparsity, SparsityReport
-from blockffn.metrics.sparsity import chunk_level_sparsity, reuse_ratio, token_level_sparsity
+from blockffn.metrics.sparsity import SparsityMeter, chunk_level_sparsity, reuse_ratio, token_level_sparsity
 
 __all__ = [
     "LayerSparsity",

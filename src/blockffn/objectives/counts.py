@@ -15,32 +15,31 @@ import torch
 from torch import Tensor
 
 
-def objective_counts(document_ids: Tensor, *, chunk_length: int | None = None) -> dict[str, Tensor]:
+def objective_counts(document_ids: Tensor, *, chunk_length: int) -> dict[str, Tensor]:
     """Numbers of units in a batch, to be summed over the micro-batches and ranks of an optimisation step.
 
     Args:
         document_ids: `[B, T]` integers, -1 for padding.
-        chunk_length: positions per chunk; without it `num_chunks` is left out.
+        chunk_length: positions per chunk. T need not be a multiple: only the objective that uses chunks insists on it.
 
     Returns:
         0-d int64 tensors `num_tokens`, `num_pairs` (neighbours in one document), `num_rows` (rows with a token) and
         `num_chunks` (parts of a window of `chunk_length` positions that belong to one document).
 
     Raises:
-        ValueError: not a matrix, or T is not a multiple of `chunk_length`.
+        ValueError: `document_ids` is not a matrix, or `chunk_length` is below 1.
     """
     if document_ids.ndim != 2:
         raise ValueError(f"document_ids must have shape [B, T], got {list(document_ids.shape)}")
+    if chunk_length < 1:
+        raise ValueError(f"chunk_length must be at least 1, got {chunk_length}")
     valid = valid_tokens(document_ids)
-    counts = {
+    return {
         "num_tokens": valid.sum(),
         "num_pairs": neighbour_pairs(document_ids).sum(),
-        "num_rows": valid.any(1).sum(),
+        "num_chunks": chunk_starts(document_ids, chunk_length).sum(),
+        "num_rows": valid.any(dim=1).sum(),
     }
-    if chunk_length is not None:
-        check_chunk_length(document_ids.shape[1], chunk_length)
-        counts["num_chunks"] = chunk_starts(document_ids, chunk_length).sum()
-    return counts
 
 
 def valid_tokens(document_ids: Tensor) -> Tensor:

@@ -89,9 +89,10 @@ def objective_terms(
         Name to 0-d float32 tensor (float64 for float64 routings).
 
     Raises:
-        ValueError: no routing, an unknown name, wrong shapes, or T is not a multiple of `chunk_length`.
+        ValueError: names but no routing, an unknown name, wrong shapes, or T is not a multiple of `chunk_length`.
     """
-    if not routings:
+    names = list(names)
+    if names and not routings:
         raise ValueError("no routings to penalise; call the model with output_routing=True (a dense model has none)")
     terms = {}
     for name in names:

@@ -1,8 +1,8 @@
 """Coefficients of the objectives: constant, adaptive (arXiv 2507.08771, appendix B) or steered to a sparsity target.
 
-A coefficient owns its state and knows nothing of the trainer. The trainer asks `value(step)` before each optimisation
-step (counted from 0) and, every `interval` steps, calls `observe(step, measured)`: `step` steps are done, and these are
-the means over the last `interval` of them. Saving and loading the state continues to the same bit.
+A coefficient owns its state and knows nothing of the trainer. Steps count from 1. The trainer asks for `value(step)` in
+optimisation step `step` and, after each step that is a multiple of `interval`, calls `observe(step, measured)` with the
+means over the last `interval` steps. Saving and loading the state continues to the same bit.
 """
 
 from __future__ import annotations
@@ -134,13 +134,12 @@ class AdaptiveFactor(_Stateful):
         if step < self._hold_steps or previous is None or not (previous > 0 and mean > 0):
             return
         gamma = mean / previous
-        current = self._unwarmed(step - 1)
+        current = self._unwarmed(step)
         factor = gamma if gamma <= 1 else max(self._min_factor, gamma)
         self._from, self._to, self._adjusted_at = current, min(current * factor, self._cap), step
 
     def _unwarmed(self, step: int) -> float:
-        # The ramp is complete in the last step of its window, where the next adjustment takes off.
-        progress = (step - self._adjusted_at + 1) / self.interval
+        progress = (step - self._adjusted_at) / self.interval
         return self._from + (self._to - self._from) * progress if self._ramp and progress < 1 else self._to
 
 
