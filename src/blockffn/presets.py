@@ -40,6 +40,44 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def _recipe(steps: int, rows: int, micro: int, warmup: int, locality: float, chunk: float) -> dict[str, Any]:
+    return {
+        "steps": steps, "batch_size": rows, "micro_batch_size": micro, "precision": "bfloat16",
+        "gradient_checkpointing": True, "data": {"sequence_length": 4096, "align": 64},
+        "schedule": {"warmup_steps": warmup, "decay_fraction": 0.0},
+        "objectives": {"chunk_length": 64, "terms": {
+            "activation_locality": {"kind": "constant", "value": locality},
+            "chunk_sparsification": {"kind": "adaptive", "initial": chunk, "rule": "reference"},
+        }},
+    }  # fmt: skip
+
+
+# How each size is trained. The paper's sizes follow its table 8 (tokens a step = rows x 4096; no decay in pre-training).
+RECIPES: dict[str, dict[str, Any]] = {
+    "nano": {
+        "steps": 600, "batch_size": 16, "data": {"sequence_length": 256, "align": 64},
+        "schedule": {"warmup_steps": 40, "decay_fraction": 0.3}, "log_every": 5, "checkpoint_every": 200,
+        "objectives": {"chunk_length": 64, "terms": {
+            "activation_locality": {"kind": "constant", "value": 2e-3},
+            "chunk_sparsification": {"kind": "constant", "value": 5e-2},
+        }},
+    },
+    "mini": {
+        "steps": 2000, "batch_size": 64, "precision": "bfloat16", "data": {"sequence_length": 2048, "align": 64},
+        "schedule": {"warmup_steps": 100, "decay_fraction": 0.2},
+        "objectives": {"chunk_length": 64, "terms": {
+            "activation_locality": {"kind": "constant", "value": 2e-3},
+            "chunk_sparsification": {"kind": "adaptive", "initial": 5e-2, "rule": "reference"},
+        }},
+    },
+    "0.1b": _recipe(10_000, 384, 12, 100, 2e-3, 5e-2),
+    "0.5b": _recipe(20_000, 768, 12, 200, 2e-3, 5e-2),
+    "0.8b": _recipe(30_000, 576, 12, 50, 1e-3, 5e-2),
+    "1.2b": _recipe(40_000, 768, 12, 400, 2e-3, 5e-2),
+    "3b": _recipe(25_000, 768, 12, 250, 2e-3, 1e-1),
+}  # fmt: skip
+
+
 def preset_config(size: str, method: str = "blockffn", **overrides: Any) -> BlockFFNConfig:
     """The configuration of a named size and method, with keyword overrides on top.
 
