@@ -48,7 +48,14 @@ CONTINUATION = (
 
 
 def write_fake_run(
-    folder: Path, *, dense: bool = False, layers: int = 4, experts: int = 32, steps: int = 1200, seed: int = 1
+    folder: Path,
+    *,
+    dense: bool = False,
+    layers: int = 4,
+    experts: int = 32,
+    steps: int = 1200,
+    continuation: str = CONTINUATION,
+    seed: int = 1,
 ) -> Path:
     """Write all five files of a run and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +69,11 @@ def write_fake_run(
         "cls8": None if dense else evaluation["cls"]["8"], "reuse_ratio": evaluation["reuse_ratio"],
         "tokens_per_second": 22843.7 if dense else 19214.2, "seconds": 231.4, "parameters": 2_790_912, "steps": steps,
     }  # fmt: skip
-    for name, data in (("evaluation", evaluation), ("sample", sample_data(dense, experts)), ("summary", summary)):
+    for name, data in (
+        ("evaluation", evaluation),
+        ("sample", sample_data(dense, experts, continuation)),
+        ("summary", summary),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(data))
     return folder
 
@@ -117,9 +128,9 @@ def fake_cls(tls: float) -> dict[str, float]:
     return {str(window): tls - 5.6 * math.log2(window) for window in WINDOWS}
 
 
-def sample_data(dense: bool, experts: int) -> dict[str, Any]:
+def sample_data(dense: bool, experts: int, continuation: str) -> dict[str, Any]:
     tokens = []
-    for text, generated in ((PROMPT, False), (CONTINUATION, True)):
+    for text, generated in ((PROMPT, False), (continuation, True)):
         while text:
             size = random.choice((1, 2, 3, 4, 5))
             piece, text = text[:size], text[size:]

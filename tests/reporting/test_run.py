@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from fake_runs import metrics_row
 
 from blockffn.reporting import load_run
+from tests.reporting.fake_runs import metrics_row
 
 
 def log_of(folder: Path, *lines: str) -> Path:
@@ -22,10 +22,10 @@ def row(step: int, loss: float = 3.0) -> str:
 def test_a_whole_folder_is_read(run: Path) -> None:
     loaded = load_run(run)
     assert loaded.name == "run"
-    assert [one["step"] for one in loaded.metrics or []] == list(range(10, 401, 10))
+    assert [one["step"] for one in loaded.metrics or []] == list(range(10, 61, 10))
     assert loaded.evaluation is not None
     assert sorted(loaded.evaluation.cls) == [1, 2, 4, 8, 16, 32, 64]
-    assert [len(layer.expert_use) for layer in loaded.evaluation.layers] == [32] * 4
+    assert [len(layer.expert_use) for layer in loaded.evaluation.layers] == [8] * 2
     assert loaded.sample is not None
     assert "".join(t.text for t in loaded.sample.tokens if not t.generated) == "def read_lines(path):\n"
     assert loaded.notes == ()
