@@ -276,7 +276,7 @@ class SparsityMeter:
             )
         by_token = source_ids if source_ids.ndim == 2 else source_ids.unsqueeze(1).expand(documents.shape)
         known = (by_token >= 0) & (by_token < self.num_sources)
-        return torch.where(known, by_token, self.num_sources)
+        return torch.where(known, by_token, self.num_sources).long()  # an index, whatever integers the labels are
 
 
 def _first_of_window(slots: Tensor | None, window: int) -> Tensor | None:

@@ -52,7 +52,7 @@ class ObjectiveSettings:
     """What is penalised beside the language-model loss.
 
     `terms` maps the name of an objective to its coefficient, as `blockffn.training.coefficients.make_coefficient` takes it:
-    `{"activation_locality": {"kind": "constant", "value": 2e-3}}`.
+    `{"activation_locality": {"kind": "constant", "value": 2e-3}}`; `null` switches one of the preset's off.
     """
 
     chunk_length: int = 64
@@ -128,4 +128,8 @@ def train_settings(size: str, method: str = "blockffn", changes: dict[str, Any] 
     if METHODS[method]["ffn_type"] == "dense":
         values = merge(values, {"objectives": {"terms": {}}})
         values["objectives"]["terms"] = {}
-    return from_dict(TrainSettings, merge(values, changes or {}))
+    values = merge(values, changes or {})
+    terms = values.get("objectives", {}).get("terms")
+    if isinstance(terms, dict):
+        values["objectives"] = {**values["objectives"], "terms": {k: v for k, v in terms.items() if v is not None}}
+    return from_dict(TrainSettings, values)

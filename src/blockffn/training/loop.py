@@ -196,8 +196,7 @@ def _forward_backward(
     Every part of the loss is divided by its count over the whole step and all ranks, so the result does not depend on how
     the rows are split. Data-parallel wrappers average gradients over ranks, hence the factor `world.size`.
     """
-    chunk_length = settings.objectives.chunk_length if "chunk_sparsification" in coefficients else None
-    counts = objective_counts(batch.document_ids, chunk_length=chunk_length)
+    counts = objective_counts(batch.document_ids, chunk_length=settings.objectives.chunk_length)
     counts["num_targets"] = (batch.labels[:, 1:] >= 0).sum()
     local_tokens = counts["num_tokens"].double()
     names = sorted(counts)
