@@ -18,8 +18,8 @@ from blockffn.reporting.tables import difference, format_value, label
 MADE_BY = {
     "config.yaml": "blockffn train",
     "metrics.jsonl": "blockffn train",
-    "evaluation.json": "blockffn evaluate",
-    "sample.json": "blockffn generate",
+    "evaluation.json": "blockffn evaluate RUN",
+    "sample.json": "blockffn generate RUN --json RUN/sample.json",
 }
 
 
