@@ -60,17 +60,20 @@ def test_the_training_figure_of_a_dense_run_has_no_sparsity_axes() -> None:
 
 
 def test_the_training_figure_shows_the_twin_and_both_heldout_losses() -> None:
+    twin = ([1, 3, 6], [8.0, 2.9, 2.4])
     figure = figures.training(
-        [1, 2, 3],
-        [4.0, 3.0, 2.5],
-        sparsity={},
-        heldout_loss=2.4,
-        twin=([1, 2, 3], [4.0, 2.9, 2.4]),
-        twin_heldout_loss=2.3,
+        [1, 3, 6], [8.0, 3.0, 2.5], sparsity={}, heldout_loss=2.4, twin=twin, twin_heldout_loss=2.3
     )
     inset = figure.axes[0].child_axes[0]
-    assert lines(figure, 0) == [[4.0, 2.9, 2.4], [4.0, 3.0, 2.5]]
+    assert lines(figure, 0) == [[8.0, 2.9, 2.4], [8.0, 3.0, 2.5]]
     assert {text.get_text() for text in inset.texts} == {"2.300", "2.400"}
+
+
+def test_the_end_is_magnified_only_where_it_hides_no_curve() -> None:
+    falls_late = ([1, 3, 6], [8.0, 7.0, 2.5])
+    figure = figures.training(*falls_late, sparsity={}, twin=falls_late, heldout_loss=2.4)
+    assert figure.axes[0].child_axes == []
+    assert lines(figure, 0)[-1] == [2.4]
 
 
 def test_a_loss_that_is_not_a_number_is_a_gap_and_not_a_failure() -> None:

@@ -165,8 +165,8 @@ def test_text_from_files_is_never_markup(run: Path) -> None:
     [
         ("config.yaml", "blockffn train"),
         ("metrics.jsonl", "blockffn train"),
-        ("evaluation.json", "blockffn evaluate"),
-        ("sample.json", "blockffn generate"),
+        ("evaluation.json", "blockffn evaluate RUN"),
+        ("sample.json", "blockffn generate RUN --json RUN/sample.json"),
     ],
 )
 def test_a_missing_file_is_named_with_the_command_that_writes_it(run: Path, file: str, command: str) -> None:

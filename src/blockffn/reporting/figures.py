@@ -31,7 +31,7 @@ def training(
     """Loss above, sparsity (name: percent at each step; may be empty) below, on the same steps.
 
     Thin lines are the values as logged, thick ones their running mean, dots at the end the held-out losses; NaN is a
-    gap. With a twin, the end of training is also shown magnified.
+    gap. With a twin, the end of training is also shown magnified, if the curves leave room for it.
     """
     figure = chart.blank(4.6 if sparsity else 2.6)
     axes = list(figure.subplots(2 if sparsity else 1, 1, sharex=True, squeeze=False)[:, 0])
@@ -46,7 +46,7 @@ def training(
     axes[0].yaxis.set_major_locator(chart.ticks(5))
     chart.end_labels(axes[0], ends)
     close = axes[0]
-    if twin is not None:
+    if twin is not None and _corner_is_free(axes[0], [(x, y) for _, _, x, y, _ in curves], right):
         close = _last_third(axes[0], [(color, x, y) for _, color, x, y, _ in curves], right)
     dots = [(value, f"{value:.3f}", color) for _, color, _, _, value in curves if value is not None]
     for value, _, color in dots:
@@ -243,6 +243,13 @@ def share_range(tokens: Sequence[SampleToken]) -> tuple[float, float]:
     """Smallest and largest active share among the tokens, in percent; (0, 100) when none is known."""
     shares = [token.active_share for token in tokens if token.active_share is not None]
     return (min(shares), max(shares)) if shares else (0.0, 100.0)
+
+
+def _corner_is_free(axes: Axes, curves: Sequence[tuple[Sequence[float], Sequence[float]]], right: float) -> bool:
+    """Whether all curves stay below what `_last_third` covers."""
+    low, high = axes.get_ylim()
+    late = (b for x, y in curves for a, b in zip(x, y) if a >= 0.36 * right and math.isfinite(b))
+    return max(late, default=high) < low + 0.36 * (high - low)
 
 
 def _last_third(axes: Axes, curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], right: float) -> Axes:

@@ -14,13 +14,12 @@ from blockffn.reporting.palette import DARK, LIGHT, STEPS, css_variables, even_b
 from blockffn.reporting.run import Sample, SampleToken
 from blockffn.reporting.tables import difference, format_value, label
 
-# The command that writes each file of a run folder.
+# The command that writes each file that a section of the page needs.
 MADE_BY = {
     "config.yaml": "blockffn train",
     "metrics.jsonl": "blockffn train",
-    "evaluation.json": "blockffn evaluate",
-    "sample.json": "blockffn generate",
-    "summary.json": "blockffn demo",
+    "evaluation.json": "blockffn evaluate RUN",
+    "sample.json": "blockffn generate RUN --json RUN/sample.json",
 }
 
 
