@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from blockffn.metrics import SparsityMeter, chunk_level_sparsity, reuse_ratio, token_level_sparsity
 from blockffn.routing import Routing
@@ -166,6 +167,16 @@ def test_the_report_is_ready_for_json_and_for_logs():
     whole = {"tls": 62.5, "cls": {"2": 50.0}, "reuse_ratio": 100.0, "tokens": 2}
     layer = {**whole, "dead_experts": 2, "expert_use": [100.0, 50.0, 0.0, 0.0]}
     assert json.loads(json.dumps(report.to_dict())) == {**whole, "layers": [layer], "sources": {"code": whole}}
+
+
+@pytest.mark.parametrize("reference_counting", [False, True])
+def test_updating_never_reads_a_value_back_from_the_device(reference_counting):
+    with FakeTensorMode():  # raises wherever control flow or shapes depend on a tensor's values
+        documents = torch.zeros(2, 16, dtype=torch.long)
+        meter = SparsityMeter(1, 4, reference_counting=reference_counting, num_sources=2)
+        meter.update([routing(torch.zeros(2, 16, 4))], documents, documents)
+        with pytest.raises(DataDependentOutputException):
+            meter.compute()
 
 
 def test_reset_forgets():
