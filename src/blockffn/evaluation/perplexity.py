@@ -114,7 +114,7 @@ def evaluate(
         heldout_loss=loss / tokens,
         tokens=int(tokens),
         bits_per_byte=loss / math.log(2) / num_bytes if num_bytes else None,
-        sparsity=meter.compute() if meter is not None else None,
+        sparsity=meter.compute(source_names or None) if meter is not None else None,
         sources=sources,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def save_checkpoint(
             torn.mkdir(parents=True)
         world.barrier()
         model_state, optimizer_state = get_state_dict(model, optimizer)
+        _quiet()
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=torn, no_dist=world.size == 1)
         world.barrier()
         if world.is_main:
@@ -78,6 +80,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, world:
     state = read_state(folder)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     try:
+        _quiet()
         content = {"model": model_state, "optimizer": optimizer_state}
         dcp.load(content, checkpoint_id=folder, no_dist=world.size == 1)
     except Exception as error:
@@ -102,6 +105,11 @@ def read_state(folder: Path) -> dict[str, Any]:
         if found != size:
             raise CheckpointError(f"{folder / name} is truncated: {found} of {size} bytes; {_others(folder)}")
     return state
+
+
+def _quiet() -> None:
+    """A single process is what was asked for; the library need not warn of it at every checkpoint."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 
 def _others(folder: Path) -> str:

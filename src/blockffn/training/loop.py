@@ -100,10 +100,7 @@ def _train(
     model.train()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    if settings.compile:
-        for layer in model.model.layers:
-            layer.compile()
-    module = TrainingModel(model, settings.objectives, precision=settings.precision)
+    module = TrainingModel(model, settings.objectives, precision=settings.precision, compile=settings.compile)
     wrapped = wrap(module, model.model.layers, world, parallel=settings.parallel, precision=settings.precision)
     optimizer = make_optimizer(model, settings.optimizer)
     coefficients = {name: make_coefficient(spec) for name, spec in settings.objectives.terms.items()}
@@ -199,7 +196,8 @@ def _forward_backward(
     Every part of the loss is divided by its count over the whole step and all ranks, so the result does not depend on how
     the rows are split. Data-parallel wrappers average gradients over ranks, hence the factor `world.size`.
     """
-    counts = objective_counts(batch.document_ids, chunk_length=settings.objectives.chunk_length)
+    chunk_length = settings.objectives.chunk_length if "chunk_sparsification" in coefficients else None
+    counts = objective_counts(batch.document_ids, chunk_length=chunk_length)
     counts["num_targets"] = (batch.labels[:, 1:] >= 0).sum()
     local_tokens = counts["num_tokens"].double()
     names = sorted(counts)

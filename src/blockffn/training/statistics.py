@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from blockffn.metrics.units import complete_windows, window_unions
 from blockffn.routing import Routing
 from blockffn.training.distributed import World
 
@@ -24,17 +25,12 @@ def routing_counts(routings: Sequence[Routing], document_ids: Tensor) -> tuple[T
         float64 `[2]`: experts active in some token of a window of 8, summed over layers and windows; number of windows.
         int64 `[layers, E]`: tokens that use each expert. Padding and windows that cross documents do not count.
     """
-    valid = document_ids >= 0
-    B, T = document_ids.shape
-    whole = T // CLS_WINDOW * CLS_WINDOW
-    windows = document_ids[:, :whole].view(B, -1, CLS_WINDOW)
-    one_document = ((windows == windows[..., :1]) & (windows >= 0)).all(dim=-1)
+    one_document = complete_windows(document_ids, CLS_WINDOW)
     expert_tokens, active_in_windows = [], []
     for routing in routings:
-        active = (routing.weights != 0) & valid[..., None]
+        active = (routing.weights != 0) & (document_ids >= 0)[..., None]
         expert_tokens.append(active.sum(dim=(0, 1)))
-        union = active[:, :whole].view(B, -1, CLS_WINDOW, active.shape[-1]).any(dim=2)
-        active_in_windows.append((union & one_document[..., None]).sum())
+        active_in_windows.append((window_unions(active, CLS_WINDOW) & one_document[..., None]).sum())
     counts = torch.stack([torch.stack(active_in_windows).sum(), one_document.sum()]).double()
     return counts, torch.stack(expert_tokens)
 

@@ -11,7 +11,7 @@ from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.objectives import objective_terms
 from blockffn.routing import Routing
 from blockffn.training.config import ObjectiveSettings
-from blockffn.training.language_model_loss import language_model_loss
+from blockffn.training.language_model_loss import cross_entropy_sum, language_model_loss
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,25 @@ class TrainingModel(nn.Module):
         model: the language model.
         objectives: names and constants of the objectives; coefficients are the caller's.
         precision: `bfloat16` runs the model under autocast; norms, routing and losses stay in float32.
+        compile: compile each decoder layer and the cross entropy (eager, it costs as much as several layers).
     """
 
-    def __init__(self, model: BlockFFNForCausalLM, objectives: ObjectiveSettings, *, precision: str = "float32") -> None:
+    def __init__(
+        self,
+        model: BlockFFNForCausalLM,
+        objectives: ObjectiveSettings,
+        *,
+        precision: str = "float32",
+        compile: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.objectives = objectives
         self.autocast = precision == "bfloat16"
+        self.cross_entropy_sum = torch.compile(cross_entropy_sum) if compile else cross_entropy_sum
+        if compile:
+            for layer in model.model.layers:
+                layer.compile()
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, document_ids: Tensor, position_ids: Tensor, counts: dict[str, Tensor]
@@ -52,15 +64,17 @@ class TrainingModel(nn.Module):
                 input_ids, document_ids=document_ids, position_ids=position_ids, output_routing=True, use_cache=False
             )
             hidden = self.model.head_input(out.last_hidden_state)
-            loss = language_model_loss(hidden, self.model.lm_head.weight, labels)
+            loss = language_model_loss(hidden, self.model.lm_head.weight, labels, apply=self.cross_entropy_sum)
         routings = out.routings or ()
-        terms = objective_terms(
-            routings,
-            list(self.objectives.terms),
-            document_ids=document_ids,
-            counts=counts,
-            chunk_length=self.objectives.chunk_length,
-            sharpness=self.objectives.sharpness,
-        )
+        terms = {}
+        if self.objectives.terms:
+            terms = objective_terms(
+                routings,
+                list(self.objectives.terms),
+                document_ids=document_ids,
+                counts=counts,
+                chunk_length=self.objectives.chunk_length,
+                sharpness=self.objectives.sharpness,
+            )
         detached = tuple(Routing(r.logits.detach(), r.shares.detach(), r.weights.detach()) for r in routings)
         return MicroBatchLoss(loss / counts["num_targets"].clamp_min(1), terms, detached)
