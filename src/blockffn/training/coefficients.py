@@ -180,7 +180,7 @@ class SetPointController(_Stateful):
         ValueError: a setting out of range.
     """
 
-    _STATE = ("_log_value", "_previous", "_slope", "_num_slopes", "_damping", "_side", "_steps_off", "_ramp_from")
+    _STATE = ("_log_ratio", "_previous", "_slope", "_num_slopes", "_damping", "_side", "_steps_off", "_ramp_from")
 
     def __init__(
         self,
@@ -219,8 +219,9 @@ class SetPointController(_Stateful):
         self.observes = observes
         self._target, self._target_ramp_steps = target, target_ramp_steps
         self._response_steps, self._gain, self._max_rate, self._tolerance = response_steps, gain, max_rate, tolerance
-        self._bounds = (math.log(minimum), math.log(maximum))
-        self._log_value = math.log(initial)
+        self._initial = initial
+        self._bounds = (math.log(minimum / initial), math.log(maximum / initial))
+        self._log_ratio = 0.0  # of the value to `initial`
         self._previous: float | None = None
         self._slope = 0.0  # points per step, smoothed
         self._num_slopes = 0
@@ -230,7 +231,7 @@ class SetPointController(_Stateful):
         self._ramp_from: tuple[int, float] | None = None  # step and sparsity of the first observation
 
     def value(self, step: int) -> float:
-        return math.exp(self._log_value) * self._warmup(step)
+        return self._initial * math.exp(self._log_ratio) * self._warmup(step)
 
     def target(self, step: int) -> float:
         """The set-point after `step` steps, in percent."""
@@ -254,7 +255,7 @@ class SetPointController(_Stateful):
         error = target - (sparsity + self._slope * self._response_steps)
         rate = max(-self._max_rate, min(self._max_rate, self._gain * error)) * self._damping / self._response_steps
         low, high = self._bounds
-        self._log_value = max(low, min(high, self._log_value + rate * self.interval))
+        self._log_ratio = max(low, min(high, self._log_ratio + rate * self.interval))
 
     def _track_slope(self, sparsity: float) -> None:
         if self._previous is not None:
