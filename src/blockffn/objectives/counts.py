@@ -55,7 +55,7 @@ def neighbour_pairs(document_ids: Tensor) -> Tensor:
     return (document_ids[:, :-1] == document_ids[:, 1:]) & valid_tokens(document_ids[:, 1:])
 
 
-def chunk_starts(document_ids: Tensor, chunk_length: int | None = None) -> Tensor:
+def chunk_starts(document_ids: Tensor, chunk_length: int) -> Tensor:
     """`[B, T]` bool: first token of its document within its window of `chunk_length` positions."""
     first_in_document = torch.ones_like(document_ids, dtype=torch.bool)
     first_in_document[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -88,7 +88,7 @@ def check_layout(x: Tensor, document_ids: Tensor | None) -> None:
         )
 
 
-def check_chunk_length(num_positions: int, chunk_length: int | None = None) -> None:
+def check_chunk_length(num_positions: int, chunk_length: int) -> None:
     """Raises `ValueError` unless rows of `num_positions` divide into chunks."""
     if chunk_length < 1:
         raise ValueError(f"chunk_length must be at least 1, got {chunk_length}")

@@ -180,7 +180,7 @@ class SetPointController(_Stateful):
         ValueError: a setting out of range.
     """
 
-    _STATE = ("_log_ratio", "_previous", "_slope", "_num_slopes", "_damping", "_side", "_steps_off", "_ramp_from")
+    _STATE = ("_log_ratio", "_previous", "_slope", "_damping", "_side", "_steps_off", "_ramp_from")
 
     def __init__(
         self,
@@ -224,7 +224,6 @@ class SetPointController(_Stateful):
         self._log_ratio = 0.0  # of the value to `initial`
         self._previous: float | None = None
         self._slope = 0.0  # points per step, smoothed
-        self._num_slopes = 0
         self._damping = 1.0
         self._side = 0  # of the target, where the sparsity last was outside the tolerance: -1 below, 1 above
         self._steps_off = 0  # for how long it has stayed there
@@ -259,9 +258,8 @@ class SetPointController(_Stateful):
 
     def _track_slope(self, sparsity: float) -> None:
         if self._previous is not None:
-            # A plain mean at first, then exponential with a third of the response as its memory.
-            self._num_slopes += 1
-            weight = max(1 / self._num_slopes, 1 - math.exp(-3 * self.interval / self._response_steps))
+            # Remembers a third of the response. Starts at 0, so that the first few noisy differences are not believed.
+            weight = 1 - math.exp(-3 * self.interval / self._response_steps)
             self._slope += weight * ((sparsity - self._previous) / self.interval - self._slope)
         self._previous = sparsity
 
