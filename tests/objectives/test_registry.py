@@ -43,6 +43,10 @@ def test_counts_of_a_packed_batch():
     }
 
 
+def test_counts_without_a_chunk_length_leave_chunks_out():
+    assert set(objective_counts(DOCUMENTS)) == {"num_tokens", "num_pairs", "num_rows"}
+
+
 def test_counts_add_up_over_micro_batches():
     whole = objective_counts(DOCUMENTS, chunk_length=4)
     parts = [objective_counts(DOCUMENTS[rows], chunk_length=4) for rows in micro_batches()]

@@ -123,6 +123,10 @@ def test_the_target_is_reached_within_a_point_and_kept_without_overshoot(gain, l
     assert all(abs(error) < 1 for error in beyond[1500:])
 
 
+def test_before_any_observation_the_controller_gives_the_initial_value_exactly():
+    assert SetPointController(0.05, target=80).value(1) == 0.05
+
+
 def test_slower_models_want_a_longer_response():
     controller = SetPointController(0.05, target=80, response_steps=600)
     course = steer(controller, Model(gain=8, lag=500, dead_time=100), 12_000)

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 
-def objective_counts(document_ids: Tensor, *, chunk_length: int) -> dict[str, Tensor]:
+def objective_counts(document_ids: Tensor, *, chunk_length: int | None = None) -> dict[str, Tensor]:
     """Numbers of units in a batch, to be summed over the micro-batches and ranks of an optimisation step.
 
     Args:
         document_ids: `[B, T]` integers, -1 for padding.
-        chunk_length: positions per chunk. T need not be a multiple: only the objective that uses chunks insists on it.
+        chunk_length: positions per chunk; `None` leaves `num_chunks` out. T need not be a multiple: only the objective
+            that uses chunks insists on it.
 
     Returns:
         0-d int64 tensors `num_tokens`, `num_pairs` (neighbours in one document), `num_rows` (rows with a token) and
@@ -31,15 +32,17 @@ def objective_counts(document_ids: Tensor, *, chunk_length: int) -> dict[str, Te
     """
     if document_ids.ndim != 2:
         raise ValueError(f"document_ids must have shape [B, T], got {list(document_ids.shape)}")
-    if chunk_length < 1:
-        raise ValueError(f"chunk_length must be at least 1, got {chunk_length}")
     valid = valid_tokens(document_ids)
-    return {
+    counts = {
         "num_tokens": valid.sum(),
         "num_pairs": neighbour_pairs(document_ids).sum(),
-        "num_chunks": chunk_starts(document_ids, chunk_length).sum(),
         "num_rows": valid.any(dim=1).sum(),
     }
+    if chunk_length is not None:
+        if chunk_length < 1:
+            raise ValueError(f"chunk_length must be at least 1, got {chunk_length}")
+        counts["num_chunks"] = chunk_starts(document_ids, chunk_length).sum()
+    return counts
 
 
 def valid_tokens(document_ids: Tensor) -> Tensor:
