@@ -55,11 +55,13 @@ def _recipe(steps: int, rows: int, micro: int, warmup: int, locality: float, chu
 # How each size is trained. The paper's sizes follow its table 8 (tokens a step = rows x 4096; no decay in pre-training).
 RECIPES: dict[str, dict[str, Any]] = {
     "nano": {
-        "steps": 500, "batch_size": 16, "data": {"sequence_length": 256, "align": 64},
-        "schedule": {"warmup_steps": 40, "decay_fraction": 0.3}, "log_every": 5, "checkpoint_every": 200,
+        "steps": 900, "batch_size": 8, "data": {"sequence_length": 256, "align": 64},
+        "optimizer": {"learning_rate": 0.005, "router_learning_rate": 0.003},
+        "schedule": {"warmup_steps": 40, "decay_fraction": 0.3}, "log_every": 10, "checkpoint_every": 300,
         "objectives": {"chunk_length": 64, "terms": {
-            "activation_locality": {"kind": "constant", "value": 2e-3},
-            "chunk_sparsification": {"kind": "constant", "value": 5e-2},
+            "activation_locality": {"kind": "constant", "value": 3e-4, "warmup_steps": 300},
+            "chunk_sparsification": {"kind": "set_point", "initial": 0.2, "target": 80.0, "observes": "tls",
+                                     "interval": 20, "response_steps": 60, "warmup_steps": 100},
         }},
     },
     "mini": {

@@ -32,7 +32,7 @@ def test_overrides_reach_nested_settings() -> None:
     settings = train_settings("nano", "blockffn", changes)
     assert settings.steps == 7
     assert settings.optimizer.learning_rate == 2e-3
-    assert settings.objectives.terms["activation_locality"] == {"kind": "constant", "value": 0.5}
+    assert settings.objectives.terms["activation_locality"] ["value"] == 0.5
     assert settings.model == {"num_experts": 12}
 
 

@@ -103,5 +103,5 @@ def _folders(data: list[str]) -> dict[str, float]:
 def _set_point(target: float) -> dict[str, Any]:
     if not 0 < target < 100:
         raise ValueError(f"--target-sparsity is a percentage between 0 and 100, got {target}")
-    controller = {"kind": "set_point", "initial": 0.05, "target": target, "observes": "tls"}
+    controller = {"kind": "set_point", "initial": 0.2, "target": target, "observes": "tls"}
     return {"objectives": {"terms": {"chunk_sparsification": controller}}}

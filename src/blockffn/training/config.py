@@ -128,8 +128,13 @@ def train_settings(size: str, method: str = "blockffn", changes: dict[str, Any] 
     if METHODS[method]["ffn_type"] == "dense":
         values = merge(values, {"objectives": {"terms": {}}})
         values["objectives"]["terms"] = {}
+    preset_terms = values["objectives"]["terms"]
     values = merge(values, changes or {})
-    terms = values.get("objectives", {}).get("terms")
+    terms = values["objectives"]["terms"] if isinstance(values["objectives"], dict) else None
     if isinstance(terms, dict):
+        changed = (changes or {}).get("objectives", {}).get("terms", {})
+        for name, spec in changed.items():
+            if isinstance(spec, dict) and spec.get("kind") != preset_terms.get(name, {}).get("kind") and "kind" in spec:
+                terms[name] = spec  # another kind of coefficient has fields of its own
         values["objectives"] = {**values["objectives"], "terms": {k: v for k, v in terms.items() if v is not None}}
     return from_dict(TrainSettings, values)

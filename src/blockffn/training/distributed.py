@@ -35,6 +35,10 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on some rank."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(int(flag), device=self.device)))
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

@@ -34,8 +34,6 @@ from blockffn.training.schedule import learning_rate_factor
 from blockffn.training.statistics import StepStatistics, routing_counts
 from blockffn.training.step import TrainingModel
 
-KEPT_HISTORY = 200
-
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -108,7 +106,7 @@ def _train(
     names = ["language_model", *coefficients, "grad_norm", "num_targets", "num_tokens"]
     statistics = StepStatistics(
         names + (["active", "active_in_windows", "num_windows"] if is_moe else []),
-        keep=KEPT_HISTORY,
+        keep=max(settings.log_every, *(c.interval or 0 for c in coefficients.values()), 1),
         num_layers=config.num_hidden_layers,
         num_experts=config.num_experts if is_moe else 0,
         world=world,
@@ -135,7 +133,7 @@ def _train(
         save_checkpoint(run, step, wrapped, optimizer, state, world, keep=settings.keep_checkpoints)
 
     clock = _Clock()
-    step = first_step
+    step, stop = first_step, False
     with _stop_signals() as stopped:
         for step in range(first_step + 1, settings.steps + 1):
             # Randomness (of routers that sample) depends on the step alone, so a resumed run draws the same numbers.
@@ -158,8 +156,9 @@ def _train(
                     coefficient.observe(step, statistics.mean(coefficient.interval))
             if step == 1 or step % settings.log_every == 0 or step == settings.steps:
                 statistics.flush()
-                since = min(settings.log_every, step - first_step) if step != settings.steps else 1
-                record = _log_record(step, statistics, statistics.mean(max(since, 1)), coefficients, settings, factor)
+                logged_before = (step - 1) // settings.log_every * settings.log_every or min(step - 1, 1)
+                means = statistics.mean(step - logged_before)
+                record = _log_record(step, statistics, means, coefficients, settings, factor)
                 record |= {"tokens": tokens, "seconds": seconds_before + clock.seconds}
                 record["tokens_per_second"] = clock.rate(tokens)
                 if settings.evaluate_every and (step % settings.evaluate_every == 0 or step == settings.steps):
@@ -167,13 +166,16 @@ def _train(
                         record["heldout_loss"] = _heldout_loss(model, settings)
                 if log is not None:
                     log.write(record)
-            if (settings.checkpoint_every and step % settings.checkpoint_every == 0) or stopped():
+            on_step(step)
+            # Processes receive a signal at different steps; they agree where they wait for each other anyway.
+            agreed = world.size == 1 or step % settings.log_every == 0
+            stop = agreed and world.any(stopped())
+            if (settings.checkpoint_every and step % settings.checkpoint_every == 0) or stop:
                 with clock.paused():
                     write_checkpoint(step)
-            on_step(step)
-            if stopped():
+            if stop:
                 break
-        interrupted = stopped() and step < settings.steps
+    interrupted = stop and step < settings.steps
     if log is not None:
         log.close()
     if not interrupted:
