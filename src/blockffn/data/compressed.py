@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
+READ_BYTES = 1 << 14
 
 
 @contextmanager
@@ -53,22 +54,18 @@ class _CompleteZstd:
         self._new_frame = lambda: zstandard.ZstdDecompressor().decompressobj()
         self._frame = self._new_frame()
         self._raw = raw
-        self._pending = b""
         self._inside = False
+        self._ready = b""  # decompressed, not yet read
+        self._unused = b""  # compressed, behind the end of a frame
 
-    def read(self, size: int = -1) -> bytes:
-        """At least one byte, unless the file has ended; `size` is a hint."""
-        while True:
-            data = self._pending or self._raw.read(1 << 17)
-            if not data:
-                if self._inside:
-                    raise EOFError("compressed file ended before the end of its last frame")
-                return b""
-            text = self._frame.decompress(data)
-            self._inside = not self._frame.eof
-            self._pending = b""
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes; none only at the end."""
+        while not self._ready and (data := self._unused or self._raw.read(READ_BYTES)):
+            self._ready = self._frame.decompress(data)
+            self._inside, self._unused = not self._frame.eof, self._frame.unused_data
             if self._frame.eof:
-                self._pending = self._frame.unused_data
                 self._frame = self._new_frame()
-            if text:
-                return text
+        if not self._ready and self._inside:
+            raise EOFError("compressed file ended before the end of its last frame")
+        text, self._ready = self._ready[:size], self._ready[size:]
+        return text

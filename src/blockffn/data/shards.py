@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +54,8 @@ class ShardWriter:
     def abandon(self) -> None:
         """Close the open file, if any, without caring for what could not be written."""
         if self._stream is not None:
-            try:
+            with suppress(OSError):
                 self._stream.close()
-            except OSError:
-                self._stream.raw.close()
 
     def _open(self) -> None:
         self._name = f"{self._split}-{len(self._shards):05d}"
