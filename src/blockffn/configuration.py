@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
 
 ATTENTION_TYPES = ("mla", "gqa")
 FFN_TYPES = ("moe", "dense")
@@ -118,3 +119,6 @@ class BlockFFNConfig(PreTrainedConfig):
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+AutoConfig.register(BlockFFNConfig.model_type, BlockFFNConfig, exist_ok=True)

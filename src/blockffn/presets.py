@@ -21,7 +21,7 @@ def _row(layers: int, hidden: int, heads: int, experts: int, width: int, dense_w
 
 # The dense width gives a gated FFN of the same number of parameters as router and experts together.
 SIZES: dict[str, dict[str, Any]] = {
-    "nano": _row(4, 192, 4, 32, 32, 693, attention_type="gqa", num_key_value_heads=2, head_dim=48, vocab_size=2048,
+    "nano": _row(4, 128, 4, 32, 16, 352, attention_type="gqa", num_key_value_heads=2, head_dim=32, vocab_size=2048,
                  max_position_embeddings=1024, tie_word_embeddings=False),
     "mini": _row(8, 512, 4, 48, 64, 2064, attention_type="mla", q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64,
                  qk_rope_head_dim=32, v_head_dim=64, vocab_size=16384, max_position_embeddings=2048),
@@ -38,6 +38,44 @@ METHODS: dict[str, dict[str, Any]] = {
     "blockffn": {"ffn_type": "moe", "router_type": "relu_rmsnorm"},
     "dense": {"ffn_type": "dense"},
 }
+
+
+def _recipe(steps: int, rows: int, micro: int, warmup: int, locality: float, chunk: float) -> dict[str, Any]:
+    return {
+        "steps": steps, "batch_size": rows, "micro_batch_size": micro, "precision": "bfloat16",
+        "gradient_checkpointing": True, "data": {"sequence_length": 4096, "align": 64},
+        "schedule": {"warmup_steps": warmup, "decay_fraction": 0.0},
+        "objectives": {"chunk_length": 64, "terms": {
+            "activation_locality": {"kind": "constant", "value": locality},
+            "chunk_sparsification": {"kind": "adaptive", "initial": chunk, "rule": "reference"},
+        }},
+    }  # fmt: skip
+
+
+# How each size is trained. The paper's sizes follow its table 8 (tokens a step = rows x 4096; no decay in pre-training).
+RECIPES: dict[str, dict[str, Any]] = {
+    "nano": {
+        "steps": 500, "batch_size": 16, "data": {"sequence_length": 256, "align": 64},
+        "schedule": {"warmup_steps": 40, "decay_fraction": 0.3}, "log_every": 5, "checkpoint_every": 200,
+        "objectives": {"chunk_length": 64, "terms": {
+            "activation_locality": {"kind": "constant", "value": 2e-3},
+            "chunk_sparsification": {"kind": "constant", "value": 5e-2},
+        }},
+    },
+    "mini": {
+        "steps": 2000, "batch_size": 64, "precision": "bfloat16", "data": {"sequence_length": 2048, "align": 64},
+        "schedule": {"warmup_steps": 100, "decay_fraction": 0.2},
+        "objectives": {"chunk_length": 64, "terms": {
+            "activation_locality": {"kind": "constant", "value": 2e-3},
+            "chunk_sparsification": {"kind": "adaptive", "initial": 5e-2, "rule": "reference"},
+        }},
+    },
+    "0.1b": _recipe(10_000, 384, 12, 100, 2e-3, 5e-2),
+    "0.5b": _recipe(20_000, 768, 12, 200, 2e-3, 5e-2),
+    "0.8b": _recipe(30_000, 576, 12, 50, 1e-3, 5e-2),
+    "1.2b": _recipe(40_000, 768, 12, 400, 2e-3, 5e-2),
+    "3b": _recipe(25_000, 768, 12, 250, 2e-3, 1e-1),
+}  # fmt: skip
 
 
 def preset_config(size: str, method: str = "blockffn", **overrides: Any) -> BlockFFNConfig:

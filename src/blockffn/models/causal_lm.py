@@ -14,6 +14,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 
 from blockffn.configuration import BlockFFNConfig
 from blockffn.models.attention import LatentAttention, make_attention
@@ -293,3 +294,7 @@ def _positions(x: Tensor, document_ids: Tensor | None, past_key_values: Cache | 
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+AutoModel.register(BlockFFNConfig, BlockFFNModel, exist_ok=True)
+AutoModelForCausalLM.register(BlockFFNConfig, BlockFFNForCausalLM, exist_ok=True)
