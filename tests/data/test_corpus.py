@@ -3,10 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.data.conftest import sentences, write_json_lines
 
 from blockffn.data import corpus as corpus_module
 from blockffn.data.corpus import Corpus
+from tests.data.conftest import sentences, write_json_lines
 
 
 def split_texts(corpus: Corpus) -> dict[str, list[str]]:

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.data.conftest import write_json_lines
 
 from blockffn.data import documents
 from blockffn.data.documents import read_documents, source_name
+from tests.data.conftest import write_json_lines
 
 TEXTS = ["first\n", "second ü\n", "third 東京\n"]
 

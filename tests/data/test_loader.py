@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.data.conftest import sentences, write_json_lines
-from tests.data.test_prepare import documents_of
 
 from blockffn.data.batch import Batch
 from blockffn.data.loader import BatchLoader, iterate_split, shuffled
 from blockffn.data.manifest import load_manifest
 from blockffn.data.packed_split import EMPTY_ROW, PackedSplit
 from blockffn.data.prepare import prepare
+from tests.data.conftest import sentences, write_json_lines
+from tests.data.test_prepare import documents_of
 
 T, ALIGN = 64, 16
 GOLDEN = [0, 7, 4, 2, 1, 6, 5, 3]

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.data.conftest import sentences, write_json_lines
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +17,7 @@ from blockffn.data.manifest import Count, load_manifest
 from blockffn.data.prepare import prepare
 from blockffn.data.shards import ShardWriter
 from blockffn.data.tokenizer import load_tokenizer
+from tests.data.conftest import sentences, write_json_lines
 
 
 def documents_of(folder: Path, split: str) -> list[list[int]]:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.conftest import sentences
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +17,7 @@ from blockffn.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
+from tests.data.conftest import sentences
 
 SAMPLE = [*sentences(100, seed=0), "def f(x):\n        return x\n" * 20, "-" * 500]
 
