@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-
 # The module that registers itself once the auto class it registers with is there.
 _REGISTRANTS = {
     "transformers.models.auto.configuration_auto": "blockffn.configuration",

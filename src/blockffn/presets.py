@@ -14,7 +14,9 @@ _PAPER_MLA = {"attention_type": "mla", "q_lora_rank": 768, "kv_lora_rank": 256, 
               "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 122753}  # fmt: skip
 
 
-def _row(layers: int, hidden: int, heads: int, experts: int, width: int, dense_width: int, **other: Any) -> dict[str, Any]:
+def _row(
+    layers: int, hidden: int, heads: int, experts: int, width: int, dense_width: int, **other: Any
+) -> dict[str, Any]:
     return {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "num_experts": experts,
             "moe_intermediate_size": width, "intermediate_size": dense_width, **other}  # fmt: skip
 
@@ -29,7 +31,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "0.5b": _row(27, 1280, 10, 40, 128, 3440, **_PAPER_MLA),
     "0.8b": _row(32, 1536, 12, 48, 128, 4128, **_PAPER_MLA),
     "1.2b": _row(35, 1792, 14, 56, 128, 4816, **_PAPER_MLA),
-    # Heads, KV heads, tied embeddings and vocabulary of the 3B are reconstructed from its file size; its config is not public.
+    # Heads, KV heads, tied embeddings and vocabulary of the 3B are reconstructed from its file size; its config is
+    # not public.
     "3b": _row(36, 2048, 16, 128, 128, 10965, attention_type="gqa", num_key_value_heads=4, head_dim=128,
                vocab_size=73448, tie_word_embeddings=True),
 }  # fmt: skip
@@ -52,7 +55,8 @@ def _recipe(steps: int, rows: int, micro: int, warmup: int, locality: float, chu
     }  # fmt: skip
 
 
-# How each size is trained. The paper's sizes follow its table 8 (tokens a step = rows x 4096; no decay in pre-training).
+# How each size is trained. The paper's sizes follow its table 8 (tokens a step = rows x 4096; no decay in
+# pre-training).
 RECIPES: dict[str, dict[str, Any]] = {
     "nano": {
         "steps": 900, "batch_size": 8, "data": {"sequence_length": 256, "align": 64},

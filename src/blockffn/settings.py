@@ -29,7 +29,9 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
     for item in items:
         key, separator, text = item.partition("=")
         if not separator or not key:
-            raise ValueError(f"override {item!r} is not of the form key=value, for example optimizer.learning_rate=0.01")
+            raise ValueError(
+                f"override {item!r} is not of the form key=value, for example optimizer.learning_rate=0.01"
+            )
         *parents, leaf = key.split(".")
         node = tree
         for parent in parents:

@@ -175,8 +175,11 @@ def test_an_unknown_preset_or_field_names_the_nearest() -> None:
         preset_config("nano", num_expert=3)
 
 
-@pytest.mark.parametrize(("field", "value"), [("attention_type", "mqa"), ("ffn_type", "swiglu"), ("router_type", "top"),
-                                              ("num_experts", 0), ("num_key_value_heads", 3), ("head_dim", 7)])  # fmt: skip
+WRONG = [("attention_type", "mqa"), ("ffn_type", "swiglu"), ("router_type", "top"), ("num_experts", 0),
+         ("num_key_value_heads", 3), ("head_dim", 7)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG)
 def test_a_wrong_configuration_is_refused(field: str, value: object) -> None:
     with pytest.raises(Exception, match=str(value)):
         preset_config("nano", **{field: value})

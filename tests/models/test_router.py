@@ -11,7 +11,9 @@ from blockffn.models.moe import BlockFFN
 from blockffn.models.routers.relu_rmsnorm import ReLURMSNormRouter
 
 
-def router_with(logits: list[float], scale: list[float], *, use_norm: bool = True) -> tuple[ReLURMSNormRouter, torch.Tensor]:
+def router_with(
+    logits: list[float], scale: list[float], *, use_norm: bool = True
+) -> tuple[ReLURMSNormRouter, torch.Tensor]:
     """A router whose logits for the token `[1]` are as given."""
     router = ReLURMSNormRouter(1, len(logits), use_norm=use_norm)
     with torch.no_grad():

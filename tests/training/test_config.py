@@ -27,12 +27,12 @@ def test_published_tokens_per_step() -> None:
 
 
 def test_overrides_reach_nested_settings() -> None:
-    changes = parse_overrides(["steps=7", "optimizer.learning_rate=2e-3", "objectives.terms.activation_locality.value=0.5",
-                               "model.num_experts=12", "data.folders={a: 1}"])  # fmt: skip
+    changes = parse_overrides(["steps=7", "optimizer.learning_rate=2e-3", "data.folders={a: 1}",
+                               "objectives.terms.activation_locality.value=0.5", "model.num_experts=12"])  # fmt: skip
     settings = train_settings("nano", "blockffn", changes)
     assert settings.steps == 7
     assert settings.optimizer.learning_rate == 2e-3
-    assert settings.objectives.terms["activation_locality"] ["value"] == 0.5
+    assert settings.objectives.terms["activation_locality"]["value"] == 0.5
     assert settings.model == {"num_experts": 12}
 
 

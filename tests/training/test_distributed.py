@@ -30,8 +30,8 @@ def torchrun(processes: int, *arguments: str) -> None:
 def overrides(settings: TrainSettings) -> list[str]:
     """The settings as arguments of the command line."""
     values = to_dict(settings)
-    keys = ("steps", "batch_size", "compile", "log_every", "checkpoint_every", "model", "data", "objectives", "schedule",
-            "parallel", "micro_batch_size")  # fmt: skip
+    keys = ("steps", "batch_size", "compile", "log_every", "checkpoint_every", "model", "data", "objectives",
+            "schedule", "parallel", "micro_batch_size")  # fmt: skip
     return [f"{key}={values[key]}".replace("None", "null").replace("'", '"') for key in keys]
 
 

@@ -16,7 +16,10 @@ from tests.models.conftest import tiny_model
 
 OBJECTIVES = ObjectiveSettings(
     chunk_length=8,
-    terms={"activation_locality": {"kind": "constant", "value": 0.3}, "chunk_sparsification": {"kind": "constant", "value": 0.7}},
+    terms={
+        "activation_locality": {"kind": "constant", "value": 0.3},
+        "chunk_sparsification": {"kind": "constant", "value": 0.7},
+    },
 )
 
 

@@ -19,10 +19,14 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; '-' reads standard input.")] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.8,
-    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.", min=0.0, max=1.0)] = 0.95,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens of this total probability.", min=0.0, max=1.0)
+    ] = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write text, tokens and active experts to this file.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write text, tokens and active experts to this file.")
+    ] = None,
 ) -> None:
     """Continue a prompt, and say how many experts the tokens used.
 

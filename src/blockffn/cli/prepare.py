@@ -16,8 +16,8 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Text files, JSON lines (.jsonl, also .gz, .xz, .zst), folders of text or source files, a Hugging Face "
-            "dataset (folder or id), or the names [bold]stdlib[/] and [bold]synthetic[/].",
+            help="Text files, JSON lines (.jsonl, also .gz, .xz, .zst), folders of text or source files, a "
+            "Hugging Face dataset (folder or id), or the names [bold]stdlib[/] and [bold]synthetic[/].",
             show_default=False,
         ),
     ],
@@ -29,7 +29,9 @@ def prepare(
     valid: Annotated[
         list[str] | None, typer.Option(help="Sources held out as a whole; without it a share of the documents is.")
     ] = None,
-    valid_fraction: Annotated[float, typer.Option(help="Share of documents held out when --valid is not given.")] = 0.01,
+    valid_fraction: Annotated[
+        float, typer.Option(help="Share of documents held out when --valid is not given.")
+    ] = 0.01,
     text_field: Annotated[str, typer.Option(help="Field of JSON lines and datasets that holds the text.")] = "text",
 ) -> None:
     """Turn text into shards that training reads.

@@ -43,7 +43,9 @@ def presets(
     if json_path is not None:
         json_path.write_text(json.dumps({"sizes": rows, "methods": sorted(METHODS)}, indent=1))
     table = Table(title="Sizes", title_justify="left", header_style="bold")
-    for heading in ("size", "non-embedding", "total", "layers", "hidden", "attention", "experts", "vocabulary", "steps", "tokens/step"):  # fmt: skip
+    headings = ("size", "non-embedding", "total", "layers", "hidden", "attention", "experts", "vocabulary", "steps",
+                "tokens/step")  # fmt: skip
+    for heading in headings:
         table.add_column(heading, justify="left" if heading in ("size", "attention") else "right")
     for row in rows:
         table.add_row(
@@ -53,4 +55,6 @@ def presets(
         )  # fmt: skip
     console = Console()
     console.print(table)
-    console.print(f"Methods: {', '.join(sorted(METHODS))}.   Use: blockffn train --size nano --method blockffn --data FOLDER")
+    console.print(
+        f"Methods: {', '.join(sorted(METHODS))}.   Use: blockffn train --size nano --method blockffn --data FOLDER"
+    )

@@ -24,7 +24,9 @@ def train(
             show_default=False,
         ),
     ] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Folder made by blockffn prepare; repeat it, with =WEIGHT, for a mixture.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Folder made by blockffn prepare; repeat it, with =WEIGHT, for a mixture.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run.")] = None,
     preset: Annotated[str, typer.Option("--preset", "--size", help="Size, see blockffn presets.")] = "nano",
     method: Annotated[str, typer.Option(help="Method, see blockffn presets.")] = "blockffn",
@@ -34,7 +36,9 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of --out.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")] = None,
-    show_settings: Annotated[bool, typer.Option("--show-settings", help="Print the resolved settings and stop.")] = False,
+    show_settings: Annotated[
+        bool, typer.Option("--show-settings", help="Print the resolved settings and stop.")
+    ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the outcome as JSON to this file.")] = None,
 ) -> None:
     """Train a model. Under torchrun it uses every process; Ctrl-C leaves a checkpoint that --resume goes on from.
@@ -84,8 +88,12 @@ def train(
     if result.interrupted:
         console.print(f"stopped after step {result.step}; go on with: blockffn train --resume --out {out}")
         raise typer.Exit(130)
-    console.print(f"trained {result.step} steps on {result.tokens:,} tokens in {result.seconds:.0f} s; model in {out / 'model'}")
-    console.print(f"next: blockffn evaluate {out}; blockffn report {out}; blockffn generate {out} --prompt '…'", style="dim")
+    console.print(
+        f"trained {result.step} steps on {result.tokens:,} tokens in {result.seconds:.0f} s; model in {out / 'model'}"
+    )
+    console.print(
+        f"next: blockffn evaluate {out}; blockffn report {out}; blockffn generate {out} --prompt '…'", style="dim"
+    )
 
 
 def _folders(data: list[str]) -> dict[str, float]:

@@ -44,15 +44,18 @@ def generate_sample(
         raise ValueError("the prompt is empty and the tokenizer has no beginning-of-sequence token; give a prompt")
     inputs = torch.tensor([prompt_ids], device=device)
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    decoder: Any = model  # `generate` is annotated for a protocol that only transformers' own models declare
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     begin = time.perf_counter()
-    ids = model.generate(
+    ids = decoder.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **(sampling or {"do_sample": False}),
+        **sampling,
     )[0]
     seconds = time.perf_counter() - begin
     routings = model(ids[None], output_routing=True, use_cache=False).routings
@@ -78,10 +81,11 @@ def generate_sample(
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """The text that each token adds. A character split over tokens appears whole at the last of them."""
-    pieces, held = [], []
+    pieces: list[str] = []
+    held: list[int] = []
     for token in ids:
         held.append(token)
-        text = tokenizer.decode(held)
+        text = str(tokenizer.decode(held))
         if text.endswith("\ufffd") and len(held) < 4:
             pieces.append("")
         else:

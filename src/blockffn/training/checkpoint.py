@@ -67,7 +67,9 @@ def save_checkpoint(
             shutil.rmtree(torn, ignore_errors=True)
         left = checkpoint_folders(run)
         safe = f"the checkpoint {left[-1]} is intact" if left else "no earlier checkpoint exists"
-        raise CheckpointError(f"cannot write {final}: {_reason(error)}; {safe}. Free some space, then resume.") from error
+        raise CheckpointError(
+            f"cannot write {final}: {_reason(error)}; {safe}. Free some space, then resume."
+        ) from error
     return final
 
 
@@ -81,7 +83,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, world:
     model_state, optimizer_state = get_state_dict(model, optimizer)
     try:
         _quiet()
-        content = {"model": model_state, "optimizer": optimizer_state}
+        content: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
         dcp.load(content, checkpoint_id=folder, no_dist=world.size == 1)
     except Exception as error:
         raise CheckpointError(

@@ -13,8 +13,8 @@ from blockffn.settings import from_dict, merge
 class DataSettings:
     """Prepared folders (`blockffn prepare`) and how rows are made of them.
 
-    `folders` may give weights: `{"runs/books": 0.7, "runs/code": 0.3}`. `align` is what documents are padded to a multiple
-    of, so that no chunk holds two documents.
+    `folders` gives each a weight: `{"runs/books": 0.7, "runs/code": 0.3}`. Documents are padded to multiples of `align`,
+    so that no chunk holds two of them.
     """
 
     folders: dict[str, float] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """Warm-up, stable, decay. The last `decay_fraction` of the steps falls to `final_fraction` of the peak, linearly."""
+    """Warm-up, stable, decay: the last `decay_fraction` of the steps falls linearly to `final_fraction` of the peak."""
 
     warmup_steps: int = 100
     decay_fraction: float = 0.2
@@ -51,8 +51,8 @@ class ScheduleSettings:
 class ObjectiveSettings:
     """What is penalised beside the language-model loss.
 
-    `terms` maps the name of an objective to its coefficient, as `blockffn.training.coefficients.make_coefficient` takes it:
-    `{"activation_locality": {"kind": "constant", "value": 2e-3}}`; `null` switches one of the preset's off.
+    `terms` maps the name of an objective to its coefficient, as `blockffn.training.coefficients.make_coefficient`
+    takes it: `{"activation_locality": {"kind": "constant", "value": 2e-3}}`; `null` switches one of the preset's off.
     """
 
     chunk_length: int = 64

@@ -76,7 +76,8 @@ def wrap(module: nn.Module, layers: nn.ModuleList, world: World, *, parallel: st
     )
     for layer in layers:
         fully_shard(layer, mp_policy=policy)
-    return fully_shard(module, mp_policy=policy)
+    fully_shard(module, mp_policy=policy)
+    return module
 
 
 @contextlib.contextmanager

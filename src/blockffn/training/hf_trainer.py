@@ -11,22 +11,22 @@ from transformers import Trainer
 from blockffn.objectives import objective_counts, objective_terms
 from blockffn.training.coefficients import make_coefficient
 from blockffn.training.config import ObjectiveSettings
-from blockffn.training.language_model_loss import language_model_loss
 
 
 class BlockFFNTrainer(Trainer):
     """`Trainer` that adds the sparsity objectives to the language-model loss.
 
     Batches hold `input_ids` and `labels`, and either `document_ids` (packed rows) or `attention_mask` (padded rows).
-    Coefficients follow their schedules by `state.global_step`; the terms are logged by name. Each micro-batch is averaged
-    over its own tokens and micro-batches equally, so equal-sized ones give the loss of the whole batch; `blockffn train`
-    is exact for unequal ones, too.
+    Coefficients follow their schedules by `state.global_step`; the terms are logged by name. Each micro-batch is
+    averaged over its own tokens and micro-batches equally, so equal-sized ones give the loss of the whole batch;
+    `blockffn train` is exact for unequal ones, too.
 
     Args:
         objectives: names, coefficients and constants, as in the settings of `blockffn train`.
     """
 
-    # Otherwise Trainer would not divide the loss by the accumulation steps, and every objective would be that much larger.
+    # Otherwise Trainer would not divide the loss by the accumulation steps, and every objective would be that much
+    # larger.
     accepts_loss_kwargs = False
 
     def __init__(self, *args: Any, objectives: ObjectiveSettings, **kwargs: Any) -> None:
@@ -38,7 +38,11 @@ class BlockFFNTrainer(Trainer):
         self._sum_steps = 0
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         labels = inputs["labels"]
         document_ids = inputs.get("document_ids")
@@ -47,12 +51,7 @@ class BlockFFNTrainer(Trainer):
         forward = {k: v for k, v in inputs.items() if k not in ("labels", "source_ids")}
         outputs = model(**forward, output_routing=True)
         logits = outputs.logits
-        # The head has been applied; an identity "head" lets one function define the loss.
-        targets = (labels[:, 1:] != -100).sum().clamp_min(1)
-        loss = nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-        )
-        loss = loss / targets
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         self._add("language_model_loss", loss)
         if document_ids is None:
             document_ids = torch.zeros_like(labels)
@@ -79,6 +78,3 @@ class BlockFFNTrainer(Trainer):
             logs |= {name: (total / self._sum_steps).item() for name, total in self._sums.items()}
             self._sums, self._sum_steps = {}, 0
         super().log(logs, *args, **kwargs)
-
-
-__all__ = ["BlockFFNTrainer", "language_model_loss"]

@@ -57,8 +57,8 @@ def train(
 ) -> TrainResult:
     """Train a model as `settings` say; everything it makes lies in the folder `run`.
 
-    `run/` holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the end, `model/` with the weights
-    and the tokenizer in Hugging Face's layout. Ctrl-C finishes the step, writes a checkpoint and returns.
+    `run/` holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the end, `model/` with the
+    weights and the tokenizer in Hugging Face's layout. Ctrl-C finishes the step, writes a checkpoint and returns.
 
     Args:
         resume: go on from the newest checkpoint, exactly as if the run had not stopped.
@@ -94,7 +94,8 @@ def _train(
 
     torch.manual_seed(settings.seed)
     config = preset_config(settings.size, settings.method, **settings.model)
-    model = BlockFFNForCausalLM(config).to(world.device)
+    model = BlockFFNForCausalLM(config)
+    model.to(device=world.device)  # type: ignore[call-arg]  # the wrapper that annotates it hides its arguments
     model.train()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -150,7 +151,7 @@ def _train(
             if log is not None:
                 log.step()
 
-            for name, coefficient in coefficients.items():
+            for coefficient in coefficients.values():
                 if coefficient.interval and step % coefficient.interval == 0:
                     statistics.flush()
                     coefficient.observe(step, statistics.mean(coefficient.interval))
@@ -195,8 +196,8 @@ def _forward_backward(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Gradients of one step, summed over micro-batches; returns this rank's part of each logged number.
 
-    Every part of the loss is divided by its count over the whole step and all ranks, so the result does not depend on how
-    the rows are split. Data-parallel wrappers average gradients over ranks, hence the factor `world.size`.
+    Every part of the loss is divided by its count over the whole step and all ranks, so the result does not depend on
+    how the rows are split. Data-parallel wrappers average gradients over ranks, hence the factor `world.size`.
     """
     counts = objective_counts(batch.document_ids, chunk_length=settings.objectives.chunk_length)
     counts["num_targets"] = (batch.labels[:, 1:] >= 0).sum()
@@ -222,7 +223,11 @@ def _forward_backward(
         if out.routings:
             window_counts, expert_tokens = routing_counts(out.routings, part.document_ids)
             loads = expert_tokens if loads is None else loads + expert_tokens
-            parts |= {"active": expert_tokens.sum(), "active_in_windows": window_counts[0], "num_windows": window_counts[1]}
+            parts |= {
+                "active": expert_tokens.sum(),
+                "active_in_windows": window_counts[0],
+                "num_windows": window_counts[1],
+            }
         for name, value in parts.items():
             value = value.detach().double()
             values[name] = values[name] + value if name in values else value

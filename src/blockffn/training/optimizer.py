@@ -50,7 +50,7 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
 
 
 def clip_gradients(optimizer: Optimizer, limit: float) -> torch.Tensor:
-    """Clip the router's gradient and all others', each to global norm `limit`; returns the norm of all before clipping."""
+    """Clip the router's gradient and all others', each to norm `limit`; returns the norm of all before that."""
     router = [p for g in optimizer.param_groups if g["name"] == ROUTER for p in g["params"]]
     others = [p for g in optimizer.param_groups if g["name"] != ROUTER for p in g["params"]]
     norms = [clip_grad_norm_(parameters, limit, foreach=None) for parameters in (router, others) if parameters]

@@ -38,8 +38,8 @@ def routing_counts(routings: Sequence[Routing], document_ids: Tensor) -> tuple[T
 class StepStatistics:
     """Per-step numbers by name, and expert loads since the last log line.
 
-    `history` holds host records of recent steps (the coefficients' observations are means over it); it and the loads are
-    saved with a checkpoint, so that a resumed run logs and decides as an uninterrupted one.
+    `history` holds host records of recent steps (the coefficients' observations are means over it); it and the loads
+    are saved with a checkpoint, so that a resumed run logs and decides as an uninterrupted one.
     """
 
     def __init__(self, names: Sequence[str], *, keep: int, num_layers: int, num_experts: int, world: World) -> None:
@@ -69,7 +69,9 @@ class StepStatistics:
             tokens, windows = record["num_tokens"], record["num_windows"]
             record["tls"] = 100 * (1 - record["active"] / max(tokens * self.num_layers * self.num_experts, 1))
             if windows:
-                record["cls8"] = 100 * (1 - record["active_in_windows"] / (windows * self.num_layers * self.num_experts))
+                record["cls8"] = 100 * (
+                    1 - record["active_in_windows"] / (windows * self.num_layers * self.num_experts)
+                )
         return record
 
     def mean(self, steps: int) -> dict[str, float]:
