@@ -1,4 +1,4 @@
-"""The first five minutes: a small sparse model trained on Python's own standard library, measured, and made to write."""
+"""The first five minutes: train a small sparse model on Python's own standard library, measure it, let it write."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def test_a_truncated_checkpoint_is_named(tmp_path: Path, settings: Settings) -> 
 
 
 def test_the_set_point_controller_drives_the_run(tmp_path: Path, settings: Settings) -> None:
-    term = {"kind": "set_point", "initial": 0.05, "target": 90.0, "interval": 5, "observes": "tls"}
+    term = {"kind": "set_point", "initial": 0.05, "target": 90.0, "interval": 5, "warmup_steps": 0}
     chosen = settings(steps=20, objectives={"chunk_length": 8, "terms": {"chunk_sparsification": term}})
     train(chosen, tmp_path, progress=False)
     used = [r["coefficients"]["chunk_sparsification"] for r in read_metrics(tmp_path)]

@@ -23,6 +23,7 @@ for verb in (demo, prepare, train, evaluate, generate, report, presets):
 
 def main() -> None:
     """Run the command line. What a user can get wrong is one line on stderr and exit code 2, not a traceback."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own bars say what takes time
     try:
         app(standalone_mode=False)
     except typer.Abort:

@@ -249,7 +249,7 @@ class BlockFFNForCausalLM(BlockFFNPreTrainedModel, GenerationMixin):
         """As `BlockFFNModel.forward`, then logits `[B, T, V]`.
 
         Args:
-            labels: `[B, T]` token ids, not shifted; -100 is ignored. Adds `loss`, the mean cross entropy of next tokens.
+            labels: `[B, T]` token ids, not shifted; -100 is ignored. Adds `loss`, the mean cross entropy of tokens.
             logits_to_keep: compute logits of the last so many positions only (0: all), or of the given indices.
         """
         out = self.model(

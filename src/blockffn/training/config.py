@@ -13,8 +13,8 @@ from blockffn.settings import from_dict, merge
 class DataSettings:
     """Prepared folders (`blockffn prepare`) and how rows are made of them.
 
-    `folders` gives each a weight: `{"runs/books": 0.7, "runs/code": 0.3}`. Documents are padded to multiples of `align`,
-    so that no chunk holds two of them.
+    `folders` gives each a weight: `{"runs/books": 0.7, "runs/code": 0.3}`. Documents are padded to multiples of
+    `align`, so that no chunk holds two of them.
     """
 
     folders: dict[str, float] = field(default_factory=dict)
