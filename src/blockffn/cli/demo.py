@@ -43,7 +43,6 @@ def demo(
         out,
         with_dense=with_dense,
         changes=changes,
-        progress=console.is_terminal,
         say=lambda line: console.print(f"[bold cyan]›[/] {line}"),
     )
     console.print()

@@ -49,5 +49,6 @@ def evaluate(
     for target in filter(None, (json_path, path / "evaluation.json" if (path / "config.yaml").is_file() else None)):
         target.write_text(json.dumps(values, indent=1))
     headline = {k: values.get(k) for k in ("heldout_loss", "perplexity", "bits_per_byte", "tls", "reuse_ratio")}
+    headline["active_parameters"] = round(values["cost"]["active_parameters"])
     headline["cls8"] = values.get("cls", {}).get("8")
     Console().print(summary_table({k: v for k, v in headline.items() if v is not None}))

@@ -33,6 +33,9 @@ def prepare(
         float, typer.Option(help="Share of documents held out when --valid is not given.")
     ] = 0.01,
     text_field: Annotated[str, typer.Option(help="Field of JSON lines and datasets that holds the text.")] = "text",
+    source_field: Annotated[
+        str | None, typer.Option(help="Field that labels a document; evaluation then has a row for each label.")
+    ] = None,
 ) -> None:
     """Turn text into shards that training reads.
 
@@ -51,6 +54,7 @@ def prepare(
         valid_sources=valid,
         valid_fraction=valid_fraction,
         text_field=text_field,
+        source_field=source_field,
         progress=console.is_terminal,
     )
     for name, split in manifest.splits.items():

@@ -78,7 +78,7 @@ def train(
 
     from blockffn.training.loop import train as run_training
 
-    result = run_training(settings, out, resume=resume, device=device, progress=console.is_terminal)
+    result = run_training(settings, out, resume=resume, device=device, progress=True)
     if os.environ.get("RANK", "0") != "0":
         return
     if json_path is not None:

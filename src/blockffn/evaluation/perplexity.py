@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blockffn.data.batch import Batch
+from blockffn.metrics.cost import cost_summary
 from blockffn.metrics.sparsity import SparsityMeter, SparsityReport
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 
@@ -24,7 +25,8 @@ WINDOWS = (1, 2, 4, 8, 16, 32, 64)
 class Evaluation:
     """What `evaluate` found. Losses in nats a token; `bits_per_byte` needs the byte lengths of tokens.
 
-    `sources` maps the name of a text source to its own tokens, loss and (for sparse models) sparsity.
+    `sources` maps the name of a text source to its own tokens, loss and (for sparse models) sparsity. `cost` is what a
+    token costs at the measured sparsity (`blockffn.metrics.cost`).
     """
 
     heldout_loss: float
@@ -32,6 +34,7 @@ class Evaluation:
     bits_per_byte: float | None = None
     sparsity: SparsityReport | None = None
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -51,7 +54,7 @@ class Evaluation:
             for name, row in report.pop("sources", {}).items():
                 sources.setdefault(name, {}).update({k: v for k, v in row.items() if k != "tokens"})
             values |= {k: v for k, v in report.items() if k != "tokens"}
-        return values | {"sources": sources}
+        return values | {"sources": sources, "cost": self.cost}
 
 
 @torch.no_grad()
@@ -110,12 +113,14 @@ def evaluate(
         for name, row in zip(source_names, totals.tolist())
         if row[1]
     }
+    sparsity = meter.compute(source_names or None) if meter is not None else None
     return Evaluation(
         heldout_loss=loss / tokens,
         tokens=int(tokens),
         bits_per_byte=loss / math.log(2) / num_bytes if num_bytes else None,
-        sparsity=meter.compute(source_names or None) if meter is not None else None,
+        sparsity=sparsity,
         sources=sources,
+        cost=cost_summary(config, tls_percent=sparsity.tls if sparsity is not None else None),
     )
 
 

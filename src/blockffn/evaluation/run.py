@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from blockffn.data.loader import iterate_split
@@ -18,14 +20,18 @@ def load_run(path: Path, *, device: str | None = None) -> tuple[BlockFFNForCausa
     """Model (in evaluation mode) and tokenizer of a run's folder, or of a folder in Hugging Face's layout.
 
     Raises:
-        ValueError: neither is there; the message says what was looked for.
+        ValueError: neither is there, or a file is damaged; the message says what was looked for and found.
     """
     folder = path / "model" if (path / "model" / "config.json").is_file() else path
     if not (folder / "config.json").is_file():
         hint = "; its training has not ended, go on with --resume" if (path / "config.yaml").is_file() else ""
         raise ValueError(f"{path} holds no model: neither model/config.json nor config.json is there{hint}")
-    model = BlockFFNForCausalLM.from_pretrained(folder, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        model = BlockFFNForCausalLM.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        sizes = ", ".join(f"{f.name} {f.stat().st_size:,} bytes" for f in sorted(folder.glob("*.safetensors")))
+        raise ValueError(f"{folder} is damaged: {error} ({sizes or 'no weights'}); make or copy it again") from error
     return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
 
 

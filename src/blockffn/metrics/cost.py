@@ -122,6 +122,20 @@ def weight_bytes_per_token(
     return (always + counts.experts * _active_share(tls_percent)) * bits_per_weight / 8
 
 
+def cost_summary(config: BlockFFNConfig, *, tls_percent: float | None) -> dict[str, float]:
+    """What one decoded token costs, as plain numbers: parameters in all and active, FLOPs, bytes of bf16 weights.
+
+    FLOPs leave out the products of attention with its context, which depend on the context's length.
+    """
+    return {
+        "parameters": parameter_counts(config).total,
+        "non_embedding_parameters": parameter_counts(config).non_embedding,
+        "active_parameters": active_parameters(config, tls_percent or 0.0),
+        "flops_per_token": flops_per_token(config, context=0, tls_percent=tls_percent),
+        "weight_bytes_per_token": weight_bytes_per_token(config, tls_percent=tls_percent),
+    }
+
+
 def _attention_parameters(config: BlockFFNConfig) -> int:
     d, heads = config.hidden_size, config.num_attention_heads
     if config.attention_type == "mla":

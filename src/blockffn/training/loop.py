@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -121,7 +122,7 @@ def _train(
         statistics.load_state_dict(state["statistics"])
         for name, coefficient in coefficients.items():
             coefficient.load_state_dict(state["coefficients"][name])
-    log = RunLog(run, first_step=first_step, steps=settings.steps, bar=progress) if world.is_main else None
+    log = RunLog(run, first_step=first_step, steps=settings.steps, progress=progress) if world.is_main else None
 
     def write_checkpoint(step: int) -> None:
         state = {
@@ -308,12 +309,19 @@ def _heldout_loss(model: BlockFFNForCausalLM, settings: TrainSettings) -> float:
 def save_model(
     folder: Path, wrapped: torch.nn.Module, model: BlockFFNForCausalLM, settings: TrainSettings, world: World
 ) -> None:
-    """Write weights, configuration and tokenizer in Hugging Face's layout; sharded weights are gathered first."""
+    """Write weights, configuration and tokenizer in Hugging Face's layout, whole or not at all.
+
+    Sharded weights are gathered first. All ranks call this.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = {k.removeprefix("model."): v for k, v in get_model_state_dict(wrapped, options=options).items()}
     if world.is_main:
-        model.save_pretrained(folder, state_dict=state)
-        load_tokenizer(Path(next(iter(settings.data.folders))) / "tokenizer").save_pretrained(folder)
+        torn = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(torn, ignore_errors=True)
+        model.save_pretrained(torn, state_dict=state)
+        load_tokenizer(Path(next(iter(settings.data.folders))) / "tokenizer").save_pretrained(torn)
+        shutil.rmtree(folder, ignore_errors=True)
+        torn.rename(folder)
     world.barrier()
 
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 15.0
 
 
 class RunLog:
     """Append-only log of a run. Only the main process opens one.
 
     On resume, lines after the step that is resumed from are dropped, so that a step is never logged twice.
+
+    Args:
+        progress: show a bar on a terminal, and elsewhere a line every 15 seconds.
     """
 
-    def __init__(self, run: Path, *, first_step: int, steps: int, tensorboard: bool = True, bar: bool = True) -> None:
+    def __init__(
+        self, run: Path, *, first_step: int, steps: int, tensorboard: bool = True, progress: bool = True
+    ) -> None:
         self.path = run / "metrics.jsonl"
         self._drop_after(first_step)
         self._file = self.path.open("a", encoding="utf-8")
@@ -24,8 +33,10 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+        self._steps, self._lines = steps, progress and not sys.stderr.isatty()
+        self._last_line = time.monotonic()
         self._bar = tqdm(
-            total=steps, initial=first_step, unit="step", disable=not bar, dynamic_ncols=True,
+            total=steps, initial=first_step, unit="step", disable=not progress or self._lines, dynamic_ncols=True,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )  # fmt: skip
 
@@ -58,6 +69,10 @@ class RunLog:
                 shown[label] = f"{record[key]:.1f}%"
         shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
         self._bar.set_postfix(shown, refresh=True)
+        if self._lines and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            parts = "  ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step {record['step']:,}/{self._steps:,}  {parts}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self._bar.close()
