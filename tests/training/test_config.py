@@ -9,7 +9,7 @@ import pytest
 from blockffn.presets import RECIPES, SIZES
 from blockffn.settings import load_yaml, parse_overrides, save_yaml
 from blockffn.training.config import ScheduleSettings, TrainSettings, train_settings
-from blockffn.training.schedule import learning_rate_factor
+from blockffn.training.schedule import StepBudget, learning_rate_factor
 
 
 def test_every_size_has_a_recipe_that_is_valid() -> None:
@@ -81,3 +81,16 @@ def test_the_learning_rate_warms_up_stays_and_decays() -> None:
 def test_without_decay_the_rate_stays() -> None:
     schedule = ScheduleSettings(warmup_steps=0, decay_fraction=0.0)
     assert learning_rate_factor(9, steps=10, schedule=schedule) == 1.0
+
+
+def test_a_time_limit_shortens_the_run_to_what_fits() -> None:
+    budget = StepBudget(1000, 100.0, first_step=0)
+    seconds = [20.0 + 0.5 * step for step in range(1000)]  # 20 s to compile, then two steps a second
+    totals = [budget.total(step + 1, seconds[step]) for step in range(150)]
+    assert totals[:11] == [1000] * 11
+    assert totals[12:] == [160] * 138
+    assert StepBudget(50, 100.0, first_step=0).total(40, 30.0) == 50
+
+
+def test_without_a_time_limit_all_steps_are_done() -> None:
+    assert StepBudget(1000, None, first_step=0).total(500, 1e9) == 1000

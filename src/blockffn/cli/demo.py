@@ -49,7 +49,7 @@ def demo(
     console.print(Text(PROMPT, style="dim"), end="")
     console.print(Text(summary["sample"].rstrip()))
     console.print()
-    shown = ("heldout_loss", "dense_heldout_loss", "loss_difference", "perplexity", "dense_perplexity", "tls", "cls8",
+    shown = ("heldout_loss", "dense_heldout_loss", "perplexity", "dense_perplexity", "tls", "cls8",
              "reuse_ratio", "tokens_per_second", "seconds")  # fmt: skip
     console.print(summary_table({key: summary[key] for key in shown if key in summary}))
     console.print(f"report: [bold]{summary['report']}[/]", soft_wrap=True)

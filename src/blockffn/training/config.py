@@ -66,7 +66,8 @@ class TrainSettings:
 
     Attributes:
         size, method: rows of `blockffn.presets`. model: overrides of the model's configuration.
-        steps: optimiser steps. batch_size: rows a step, over all ranks. micro_batch_size: rows a forward pass and rank
+        steps: optimiser steps. max_seconds: end sooner if the machine is too slow for all of them, with the schedule
+            shortened to match; for one process, and not reproducible to the step. batch_size: rows a step, over all ranks. micro_batch_size: rows a forward pass and rank
             (`None`: all of them).
         precision: `float32`, or `bfloat16` (autocast over float32 weights).
         compile: compile each decoder layer and the loss. parallel: `ddp` or `fsdp`, when run under torchrun.
@@ -82,6 +83,7 @@ class TrainSettings:
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     objectives: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     steps: int = 1000
+    max_seconds: float | None = None
     batch_size: int = 16
     micro_batch_size: int | None = None
     seed: int = 2345

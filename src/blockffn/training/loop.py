@@ -31,7 +31,7 @@ from blockffn.training.config import TrainSettings
 from blockffn.training.distributed import World, gradient_sync, open_world, wrap
 from blockffn.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
 from blockffn.training.run_log import RunLog
-from blockffn.training.schedule import learning_rate_factor
+from blockffn.training.schedule import StepBudget, learning_rate_factor
 from blockffn.training.statistics import StepStatistics, routing_counts
 from blockffn.training.step import TrainingModel
 
@@ -82,6 +82,8 @@ def _train(
     progress: bool,
     on_step: Callable[[int], None],
 ) -> TrainResult:
+    if settings.max_seconds is not None and world.size > 1:
+        raise ValueError(f"max_seconds ({settings.max_seconds}) is for one process; set steps for {world.size}")
     checkpoints = checkpoint_folders(run)
     if checkpoints and not resume:
         raise ValueError(f"{run} already holds a run (step {checkpoints[-1].name}); resume it or choose another folder")
@@ -135,13 +137,15 @@ def _train(
         save_checkpoint(run, step, wrapped, optimizer, state, world, keep=settings.keep_checkpoints)
 
     clock = _Clock()
+    budget = StepBudget(settings.steps, settings.max_seconds, first_step=first_step)
     step, stop = first_step, False
     with _stop_signals() as stopped:
         for step in range(first_step + 1, settings.steps + 1):
+            total = budget.total(step, clock.seconds)
             # Randomness (of routers that sample) depends on the step alone, so a resumed run draws the same numbers.
             torch.manual_seed(settings.seed + 1_000_003 * step + world.rank)
             batch = loader.next().to(world.device)
-            factor = learning_rate_factor(step - 1, steps=settings.steps, schedule=settings.schedule)
+            factor = learning_rate_factor(step - 1, steps=total, schedule=settings.schedule)
             set_learning_rate(optimizer, factor)
             values, loads = _forward_backward(wrapped, batch, settings, coefficients, step, world)
             values["grad_norm"] = clip_gradients(optimizer, settings.optimizer.gradient_clip) / world.size
@@ -156,14 +160,14 @@ def _train(
                 if coefficient.interval and step % coefficient.interval == 0:
                     statistics.flush()
                     coefficient.observe(step, statistics.mean(coefficient.interval))
-            if step == 1 or step % settings.log_every == 0 or step == settings.steps:
+            if step == 1 or step % settings.log_every == 0 or step == total:
                 statistics.flush()
                 logged_before = (step - 1) // settings.log_every * settings.log_every or min(step - 1, 1)
                 means = statistics.mean(step - logged_before)
                 record = _log_record(step, statistics, means, coefficients, settings, factor)
                 record |= {"tokens": tokens, "seconds": seconds_before + clock.seconds}
                 record["tokens_per_second"] = clock.rate(tokens)
-                if settings.evaluate_every and (step % settings.evaluate_every == 0 or step == settings.steps):
+                if settings.evaluate_every and (step % settings.evaluate_every == 0 or step == total):
                     with clock.paused():
                         record["heldout_loss"] = _heldout_loss(model, settings)
                 if log is not None:
@@ -175,13 +179,13 @@ def _train(
             if (settings.checkpoint_every and step % settings.checkpoint_every == 0) or stop:
                 with clock.paused():
                     write_checkpoint(step)
-            if stop:
+            if stop or step == total:
                 break
-    interrupted = stop and step < settings.steps
+    interrupted = stop and step < total
     if log is not None:
         log.close()
     if not interrupted:
-        if not settings.checkpoint_every or settings.steps % settings.checkpoint_every:
+        if not settings.checkpoint_every or step % settings.checkpoint_every:
             write_checkpoint(step)
         save_model(run / "model", wrapped, model, settings, world)
     return TrainResult(run, step, interrupted, seconds_before + clock.seconds, tokens)
