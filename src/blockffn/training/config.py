@@ -65,12 +65,16 @@ class TrainSettings:
     """Everything that decides a run, apart from the machine it runs on.
 
     Attributes:
-        size, method: rows of `blockffn.presets`. model: overrides of the model's configuration.
-        steps: optimiser steps. max_seconds: end sooner if the machine is too slow for all of them, with the schedule
-            shortened to match; for one process, and not reproducible to the step. batch_size: rows a step, over all ranks. micro_batch_size: rows a forward pass and rank
-            (`None`: all of them).
+        size, method: rows of `blockffn.presets`.
+        model: overrides of the model's configuration.
+        steps: optimiser steps.
+        max_seconds: end sooner if the machine is too slow for all of them, with the schedule shortened to match; for one
+            process, and not reproducible to the step.
+        batch_size: rows a step, over all ranks.
+        micro_batch_size: rows a forward pass and rank (`None`: all of them).
         precision: `float32`, or `bfloat16` (autocast over float32 weights).
-        compile: compile each decoder layer and the loss. parallel: `ddp` or `fsdp`, when run under torchrun.
+        compile: compile each decoder layer and the loss.
+        parallel: `ddp` or `fsdp`, when run under torchrun.
         log_every, evaluate_every, checkpoint_every: in steps; 0 means at the end only.
         keep_checkpoints: older ones are deleted.
     """
