@@ -68,8 +68,8 @@ class TrainSettings:
         size, method: rows of `blockffn.presets`.
         model: overrides of the model's configuration.
         steps: optimiser steps.
-        max_seconds: end sooner if the machine is too slow for all of them, with the schedule shortened to match; for one
-            process, and not reproducible to the step.
+        max_seconds: end sooner if the machine is too slow for all of them, with the schedule shortened to match; for
+            one process, and not reproducible to the step.
         batch_size: rows a step, over all ranks.
         micro_batch_size: rows a forward pass and rank (`None`: all of them).
         precision: `float32`, or `bfloat16` (autocast over float32 weights).
