@@ -62,7 +62,11 @@ def check_shapes(
             f"sparse_ffn needs x [T, D] and up_proj [E, F, D], got {tuple(x_TD.shape)} and {tuple(up_proj_EFD.shape)}"
         )
     (T, D), (E, F, _) = x_TD.shape, up_proj_EFD.shape
-    expected = {"up_proj": (up_proj_EFD, (E, F, D)), "down_proj": (down_proj_EFD, (E, F, D)), "weights": (weights_TE, (T, E))}
+    expected = {
+        "up_proj": (up_proj_EFD, (E, F, D)),
+        "down_proj": (down_proj_EFD, (E, F, D)),
+        "weights": (weights_TE, (T, E)),
+    }
     if gate_proj_EFD is not None:
         expected["gate_proj"] = (gate_proj_EFD, (E, F, D))
     for name, (tensor, shape) in expected.items():

@@ -1,0 +1,74 @@
+"""Device functions shared by the Triton kernels: the activation, the scan over routing weights and the split reduction."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def silu(x):
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def wait_for_previous_kernel(PDL: tl.constexpr):
+    """Programmatic dependent launch: this kernel may start while the one before it drains; its results exist from here."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def let_next_kernel_start(PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def active_mask(
+    weights_ptr,
+    num_tokens,
+    E: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """1 for each expert that at least one token activates, as int32 `[BLOCK_E]`; `TOKENS` bounds `num_tokens`."""
+    experts = tl.arange(0, BLOCK_E)
+    active = tl.zeros([BLOCK_E], tl.int32)
+    for start in tl.static_range(0, TOKENS, BLOCK_T):
+        tokens = start + tl.arange(0, BLOCK_T)
+        mask = (tokens < num_tokens)[:, None] & (experts < E)[None, :]
+        weights = tl.load(weights_ptr + tokens[:, None] * E + experts[None, :], mask=mask, other=0.0)
+        active = tl.maximum(active, tl.max((weights != 0).to(tl.int32), axis=0))
+    return active
+
+
+@triton.jit
+def nth_active(active, ranks, n, BLOCK_E: tl.constexpr):
+    """The `n`-th active expert, from the mask and its running count `ranks`; int64, so that offsets do not overflow."""
+    found = (active != 0) & (ranks == n + 1)
+    return tl.sum(tl.where(found, tl.arange(0, BLOCK_E), 0), axis=0).to(tl.int64)
+
+
+@triton.jit
+def store_split(
+    acc, split, output_tile, offsets, mask, y_ptr, partial_ptr, counter_ptr, partial_size, SPLITS: tl.constexpr
+):
+    """Write `acc` to `y`; of several splits, the one that finishes last adds all of them in a fixed order.
+
+    The result does not depend on which split is last. `counter_ptr[output_tile]` must be 0 before the launch.
+    """
+    if SPLITS == 1:
+        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(partial_ptr + split * partial_size + offsets, acc, mask=mask)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counter_ptr + output_tile, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLITS - 1:
+            total = tl.zeros_like(acc)
+            for s in tl.static_range(SPLITS):
+                # Other processors wrote these: .cg reads them from L2, never from a stale line of L1.
+                total += tl.load(partial_ptr + s * partial_size + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(y_ptr + offsets, total.to(y_ptr.dtype.element_ty), mask=mask)
