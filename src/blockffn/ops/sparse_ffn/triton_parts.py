@@ -1,10 +1,19 @@
-"""Device functions shared by the Triton kernels: the activation, the scan over routing weights and the split reduction."""
+"""What the Triton kernels share: activation, dependent launch, the scan over routing weights, the split reduction."""
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of the device; 4 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @triton.jit
@@ -14,7 +23,7 @@ def silu(x):
 
 @triton.jit
 def wait_for_previous_kernel(PDL: tl.constexpr):
-    """Programmatic dependent launch: this kernel may start while the one before it drains; its results exist from here."""
+    """With dependent launch, a kernel starts while the one before it drains; that one's results exist from here on."""
     if PDL:
         gdc_wait()
 
@@ -26,28 +35,26 @@ def let_next_kernel_start(PDL: tl.constexpr):
 
 
 @triton.jit
-def active_mask(
-    weights_ptr,
-    num_tokens,
-    E: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """1 for each expert that at least one token activates, as int32 `[BLOCK_E]`; `TOKENS` bounds `num_tokens`."""
+def rank_active(weights_ptr, num_tokens, E: tl.constexpr, TOKENS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The union of up to `TOKENS` tokens: a mask over the experts, and for each the number of active ones up to it.
+
+    Tokens are read in blocks, all in flight at once, and joined across threads only at the end.
+    """
+    BLOCK_T: tl.constexpr = min(TOKENS, 8)
     experts = tl.arange(0, BLOCK_E)
-    active = tl.zeros([BLOCK_E], tl.int32)
+    active = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
     for start in tl.static_range(0, TOKENS, BLOCK_T):
-        tokens = start + tl.arange(0, BLOCK_T)
-        mask = (tokens < num_tokens)[:, None] & (experts < E)[None, :]
-        weights = tl.load(weights_ptr + tokens[:, None] * E + experts[None, :], mask=mask, other=0.0)
-        active = tl.maximum(active, tl.max((weights != 0).to(tl.int32), axis=0))
-    return active
+        tokens = tl.minimum(start + tl.arange(0, BLOCK_T), num_tokens - 1)
+        at = tokens[:, None] * E + experts[None, :]
+        weights = tl.load(weights_ptr + at, mask=(experts < E)[None, :], other=0.0)
+        active |= (weights != 0).to(tl.int32)
+    active = tl.max(active, axis=0)
+    return active, tl.cumsum(active, axis=0)
 
 
 @triton.jit
 def nth_active(active, ranks, n, BLOCK_E: tl.constexpr):
-    """The `n`-th active expert, from the mask and its running count `ranks`; int64, so that offsets do not overflow."""
+    """The `n`-th active expert, 0 if there is none; int64, so that offsets do not overflow."""
     found = (active != 0) & (ranks == n + 1)
     return tl.sum(tl.where(found, tl.arange(0, BLOCK_E), 0), axis=0).to(tl.int64)
 
