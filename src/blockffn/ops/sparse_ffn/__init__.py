@@ -11,23 +11,23 @@ Contract, equal for every backend:
 
 All tensors share one device and, on every backend but `reference`, one dtype for `x` and the projections.
 
-Backends:
-    reference  the definition, in float32, one expert after the other; differentiable; slow
+Backends, in the order in which `auto` tries them:
     dense      two matrix products over all experts; differentiable; the training path
+    reference  the definition, in float32, one expert after the other; differentiable; slow
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import torch
 from torch import Tensor
 
+from blockffn.ops.backend import Backend, choose_backend
 from blockffn.ops.sparse_ffn.dense import sparse_ffn_dense
 from blockffn.ops.sparse_ffn.reference import sparse_ffn_reference
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "reference": sparse_ffn_reference,
-    "dense": sparse_ffn_dense,
+BACKENDS: dict[str, Backend] = {
+    "dense": Backend(sparse_ffn_dense),
+    "reference": Backend(sparse_ffn_reference),
 }
 
 
@@ -38,19 +38,38 @@ def sparse_ffn(
     weights_TE: Tensor,
     *,
     gate_proj_EFD: Tensor | None = None,
+    threshold: float = 0.0,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Apply the active experts of each token and sum them, weighted. Shapes as in the module docstring.
 
+    Args:
+        threshold: experts with `|weight| <= threshold` are skipped; trades quality for speed at run time.
+        batch_invariant: only use a backend for which a token's result is bit-equal in any batch, so that verifying k
+            drafted tokens rounds like decoding them one by one.
+        backend: a name in `BACKENDS`, or `auto`: the fastest that takes the arguments.
+
     Raises:
-        ValueError: shapes disagree, or `backend` is unknown.
+        ValueError: shapes disagree, `threshold` is negative, or `backend` is unknown or cannot take the arguments.
     """
     check_shapes(x_TD, up_proj_EFD, down_proj_EFD, weights_TE, gate_proj_EFD)
-    if backend == "auto":
-        backend = "dense"
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r} for sparse_ffn; choose one of {sorted(BACKENDS)} or 'auto'")
-    return BACKENDS[backend](x_TD, up_proj_EFD, down_proj_EFD, weights_TE, gate_proj_EFD=gate_proj_EFD)
+    weights_TE = apply_threshold(weights_TE, threshold)
+    arguments = (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
+    name = choose_backend(
+        "sparse_ffn", BACKENDS, backend, *arguments, gate_proj_EFD=gate_proj_EFD, batch_invariant=batch_invariant
+    )
+    result: Tensor = BACKENDS[name].run(*arguments, gate_proj_EFD=gate_proj_EFD)
+    return result
+
+
+def apply_threshold(weights_TE: Tensor, threshold: float) -> Tensor:
+    """Set `|weight| <= threshold` to zero. Raises `ValueError` for a negative threshold."""
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be at least 0, got {threshold}")
+    if threshold == 0:
+        return weights_TE
+    return torch.where(weights_TE.abs() <= threshold, 0, weights_TE)
 
 
 def check_shapes(
@@ -62,7 +81,11 @@ def check_shapes(
             f"sparse_ffn needs x [T, D] and up_proj [E, F, D], got {tuple(x_TD.shape)} and {tuple(up_proj_EFD.shape)}"
         )
     (T, D), (E, F, _) = x_TD.shape, up_proj_EFD.shape
-    expected = {"up_proj": (up_proj_EFD, (E, F, D)), "down_proj": (down_proj_EFD, (E, F, D)), "weights": (weights_TE, (T, E))}
+    expected = {
+        "up_proj": (up_proj_EFD, (E, F, D)),
+        "down_proj": (down_proj_EFD, (E, F, D)),
+        "weights": (weights_TE, (T, E)),
+    }
     if gate_proj_EFD is not None:
         expected["gate_proj"] = (gate_proj_EFD, (E, F, D))
     for name, (tensor, shape) in expected.items():
