@@ -12,8 +12,11 @@ Contract, equal for every backend:
 All tensors share one device and, on every backend but `reference`, one dtype for `x` and the projections.
 
 Backends, in the order in which `auto` tries them:
+    cpu        native kernels that read active rows only; batch-invariant; no gradient
     dense      two matrix products over all experts; differentiable; the training path
     reference  the definition, in float32, one expert after the other; differentiable; slow
+
+`sparse_ffn_packed` is the same op over `PackedExperts` (bf16, int8 or int4 in the layout that the CPU reads fastest).
 """
 
 from __future__ import annotations
@@ -22,12 +25,20 @@ import torch
 from torch import Tensor
 
 from blockffn.ops.backend import Backend, choose_backend
+from blockffn.ops.quantization import PackedExperts
+from blockffn.ops.sparse_ffn.cpu import refuses_packed, refuses_plain, sparse_ffn_cpu, sparse_ffn_packed_cpu
 from blockffn.ops.sparse_ffn.dense import sparse_ffn_dense
-from blockffn.ops.sparse_ffn.reference import sparse_ffn_reference
+from blockffn.ops.sparse_ffn.reference import sparse_ffn_packed_reference, sparse_ffn_reference
 
 BACKENDS: dict[str, Backend] = {
+    "cpu": Backend(sparse_ffn_cpu, refuses_plain, batch_invariant=True),
     "dense": Backend(sparse_ffn_dense),
     "reference": Backend(sparse_ffn_reference),
+}
+
+PACKED_BACKENDS: dict[str, Backend] = {
+    "cpu": Backend(sparse_ffn_packed_cpu, refuses_packed, batch_invariant=True),
+    "reference": Backend(sparse_ffn_packed_reference),
 }
 
 
@@ -60,6 +71,37 @@ def sparse_ffn(
         "sparse_ffn", BACKENDS, backend, *arguments, gate_proj_EFD=gate_proj_EFD, batch_invariant=batch_invariant
     )
     result: Tensor = BACKENDS[name].run(*arguments, gate_proj_EFD=gate_proj_EFD)
+    return result
+
+
+def sparse_ffn_packed(
+    x_TD: Tensor,
+    experts: PackedExperts,
+    weights_TE: Tensor,
+    *,
+    threshold: float = 0.0,
+    batch_invariant: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """`sparse_ffn` over experts packed by `blockffn.ops.quantization.pack_experts`.
+
+    `x_TD` is float32 or bfloat16 whatever the format of the experts. Other arguments as for `sparse_ffn`.
+
+    Raises:
+        ValueError: shapes disagree, `threshold` is negative, or `backend` is unknown or cannot take the arguments.
+    """
+    expected = {
+        "x": (x_TD, (x_TD.shape[0], experts.hidden_size)),
+        "weights": (weights_TE, (x_TD.shape[0], experts.num_experts)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"sparse_ffn_packed: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be at least 0, got {threshold}")
+    arguments = (x_TD, experts, weights_TE, threshold)
+    name = choose_backend("sparse_ffn_packed", PACKED_BACKENDS, backend, *arguments, batch_invariant=batch_invariant)
+    result: Tensor = PACKED_BACKENDS[name].run(*arguments)
     return result
 
 
