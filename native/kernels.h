@@ -35,6 +35,8 @@ struct Kernels {
   // outputs[m][0..count) += sum_r factors[m][r] * weights[r][0..count), weights with `stride` elements from row to row.
   void (*add_rows)(const void* weights, bool is_bf16, int64_t rows, int64_t count, int64_t stride,
                    const float* const* factors, int num_tokens, float* const* outputs);
+  // Reads memory as fast as it comes; the sum keeps the compiler honest.
+  uint64_t (*sum)(const uint8_t* data, int64_t bytes);
 };
 
 // Bytes of a prepared activation row: floats, or int8 codes followed by a float scale and an int32 sum for each group.

@@ -306,6 +306,19 @@ void add_rows(const void* weights, bool is_bf16, int64_t rows, int64_t count, in
     add_rows_of<false>(weights, rows, count, stride, factors, num_tokens, outputs);
 }
 
+uint64_t sum(const uint8_t* data, int64_t bytes) {
+  typedef uint64_t Line __attribute__((vector_size(64), aligned(1)));
+  Line sums[4] = {};
+  int64_t at = 0;
+  for (; at + 256 <= bytes; at += 256)
+    for (int i = 0; i < 4; ++i) sums[i] += *reinterpret_cast<const Line*>(data + at + i * 64);
+  uint64_t total = 0;
+  for (const Line& line : sums)
+    for (int i = 0; i < 8; ++i) total += line[i];
+  for (; at < bytes; ++at) total += data[at];
+  return total;
+}
+
 constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,
                  Vec::kTokens,
@@ -313,5 +326,6 @@ constexpr Kernels make_kernels(const char* name) {
                  {prepare_float, prepare_float, prepare_int8, prepare_int8},
                  activate,
                  dot_rows,
-                 add_rows};
+                 add_rows,
+                 sum};
 }

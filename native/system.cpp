@@ -5,6 +5,7 @@
 #endif
 
 #include "blockffn.h"
+#include "dispatch.h"
 #include "parallel.h"
 
 extern "C" int32_t blockffn_advise_huge_pages(void* address, int64_t bytes) {
@@ -29,26 +30,12 @@ struct Read {
   blockffn::Counter counter;
 };
 
-// Four independent sums over 64-byte lines, as fast as loads can be issued.
-uint64_t sum_of(const uint8_t* data, int64_t bytes) {
-  typedef uint64_t Line __attribute__((vector_size(64), aligned(1)));
-  Line sums[4] = {};
-  int64_t at = 0;
-  for (; at + 256 <= bytes; at += 256)
-    for (int i = 0; i < 4; ++i) sums[i] += *reinterpret_cast<const Line*>(data + at + i * 64);
-  uint64_t total = 0;
-  for (const Line& line : sums)
-    for (int i = 0; i < 8; ++i) total += line[i];
-  for (; at < bytes; ++at) total += data[at];
-  return total;
-}
-
 void read_chunks(void* argument) {
   Read& read = *static_cast<Read*>(argument);
   constexpr int64_t kChunk = 1 << 20;
   uint64_t sum = 0;
   for (int64_t at; (at = read.counter.take() * kChunk) < read.bytes;)
-    sum += sum_of(read.data + at, read.bytes - at < kChunk ? read.bytes - at : kChunk);
+    sum += blockffn::kernels().sum(read.data + at, read.bytes - at < kChunk ? read.bytes - at : kChunk);
   __atomic_fetch_add(&read.sum, sum, __ATOMIC_RELAXED);
 }
 

@@ -1,8 +1,8 @@
 """The CPU kernels (`native/blockffn.h`), loaded with ctypes. ctypes releases the GIL during every call.
 
-The library is built when the package is installed. Where it is missing, `unavailable()` says why and what to do; ops then
-use torch. `BLOCKFFN_CPU_ISA` (avx512_bf16, avx512, avx2, neon, portable) forces kernels below the best that the processor
-has; it is read when the library is first used.
+The library is built when the package is installed. Where it is missing, `unavailable()` says why and what to do; ops
+then use torch. `BLOCKFFN_CPU_ISA` (avx512_bf16, avx512, avx2, neon, portable) forces kernels below the best that the
+processor has; it is read when the library is first used.
 """
 
 from __future__ import annotations
@@ -85,16 +85,15 @@ def _load() -> ctypes.CDLL | str:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     _share_threads(library)
-    error = library.blockffn_isa_error()
-    if error is not None:
-        raise ValueError(
-            f"{error.decode()}: {os.environ.get('BLOCKFFN_CPU_ISA')!r}; best here: {library.blockffn_isa().decode()}"
-        )
+    forced = library.blockffn_isa_error()
+    if forced is not None:
+        best = library.blockffn_isa().decode()
+        raise ValueError(f"{forced.decode()}: {os.environ['BLOCKFFN_CPU_ISA']!r}; the best one here is {best!r}")
     return library
 
 
 def _share_threads(library: ctypes.CDLL) -> None:
-    """Lend torch's OpenMP threads to the library. Two pools that spin on the same cores cost 27 times a layer's time."""
+    """Lend torch's OpenMP threads to the library: two pools spinning on the same cores were 27 times slower."""
     for name in ("libgomp.so.1", "libomp.dylib"):
         candidates = [str(Path(torch.__file__).parent / "lib" / name), name]
         for candidate in candidates:

@@ -1,8 +1,8 @@
 """Packing weights for the CPU kernels: bf16, or int8 and int4 with a float16 scale for each group of inputs.
 
-A packed matrix is one plain `uint8` tensor in the layout of `native/blockffn.h`, so safetensors stores it as it is and a
-memory-mapped file is ready to compute from. `unpack_matrix` is the exact inverse: it returns the values that the kernels
-multiply with, and so defines what a format costs in accuracy.
+A packed matrix is one plain `uint8` tensor in the layout of `native/blockffn.h`, so safetensors stores it as it is and
+a memory-mapped file is ready to compute from. `unpack_matrix` is the exact inverse: it returns the values that the
+kernels multiply with, and so defines what a format costs in accuracy.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def pack_linear(weight: Tensor, *, format: str = "bf16", group_size: int = DEFAU
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """All experts of a layer; `data` is `uint8 [E, bytes]`: each expert's up, (gate,) and down matrix, one after the other."""
+    """All experts of a layer; `data` is `uint8 [E, bytes]`: each expert's up, (gate) and down matrix in a row."""
 
     data: Tensor
     up: MatrixLayout
