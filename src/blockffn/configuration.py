@@ -32,6 +32,7 @@ class BlockFFNConfig(PreTrainedConfig):
             `None` leaves them alone. dim_model_base: hidden states are divided by `hidden_size / dim_model_base` before
             the language-model head; `None` leaves them alone.
         initializer_range: standard deviation at `dim_model_base`; matrices get it over `sqrt(hidden_size / dim_model_base)`.
+        kv_b_initializer_range: standard deviation of MLA's `kv_b_proj`, which the published recipe draws unscaled.
     """
 
     model_type = "blockffn"
@@ -67,6 +68,7 @@ class BlockFFNConfig(PreTrainedConfig):
     scale_depth: float | None = 1.4
     dim_model_base: int | None = 256
     initializer_range: float = 0.1
+    kv_b_initializer_range: float = 0.02
 
     use_cache: bool = True
     tie_word_embeddings: bool = False

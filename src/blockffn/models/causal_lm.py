@@ -1,0 +1,295 @@
+"""The causal language model, as a Hugging Face `PreTrainedModel`, for BlockFFN and every baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+
+from blockffn.configuration import BlockFFNConfig
+from blockffn.models.attention import LatentAttention, make_attention
+from blockffn.models.experts import GatedFFN, RoutedExperts
+from blockffn.models.moe import BlockFFN
+from blockffn.models.normalization import RMSNorm
+from blockffn.models.rotary import RotaryEmbedding
+from blockffn.models.routers import make_router
+from blockffn.routing import Routing
+
+
+@dataclass
+class BlockFFNModelOutput(ModelOutput):
+    """Output of the decoder. `routings` holds one `Routing` per layer if asked for with `output_routing=True`."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    routings: tuple[Routing, ...] | None = None
+
+
+@dataclass
+class BlockFFNCausalLMOutput(ModelOutput):
+    """Output of the language model: `loss` if labels were given, `logits [B, T, V]`, and the decoder's fields."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    routings: tuple[Routing, ...] | None = None
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block: `x + s·attention(norm(x))`, then `x + s·ffn(norm(x))`, with the config's residual scale `s`."""
+
+    def __init__(self, config: BlockFFNConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.residual_scale = config.residual_scale
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = make_attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp: nn.Module
+        if config.ffn_type == "dense":
+            self.mlp = GatedFFN(config.hidden_size, config.intermediate_size)
+        else:
+            self.mlp = BlockFFN(
+                config.hidden_size,
+                config.num_experts,
+                config.moe_intermediate_size,
+                router=make_router(config),
+                expert_gated=config.expert_gated,
+            )
+
+    def forward(self, x: Tensor, **attention_kwargs: Any) -> tuple[Tensor, Tensor | None, Routing | None]:
+        attended, attention = self.self_attn(self.input_layernorm(x), **attention_kwargs)
+        x = x + self.residual_scale * attended
+        y = self.mlp(self.post_attention_layernorm(x))
+        y, routing = y if isinstance(y, tuple) else (y, None)
+        return x + self.residual_scale * y, attention, routing
+
+
+class BlockFFNPreTrainedModel(PreTrainedModel):
+    config: BlockFFNConfig
+    config_class = BlockFFNConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal initialisation, scaled with width as in the published recipe."""
+        super()._init_weights(module)
+        base = self.config.initializer_range
+        std = base / self.config.width_multiplier**0.5
+        if isinstance(module, nn.Linear):
+            is_head = module.weight.shape[0] == self.config.vocab_size and module is self.get_output_embeddings()
+            init.normal_(module.weight, std=base if is_head else std)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=base)
+        elif isinstance(module, RoutedExperts):
+            for weight in module.parameters(recurse=False):
+                init.normal_(weight, std=std)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, LatentAttention):
+            init.normal_(module.kv_b_proj.weight, std=self.config.kv_b_initializer_range)
+
+
+class BlockFFNModel(BlockFFNPreTrainedModel):
+    """Embeddings, decoder layers, final norm."""
+
+    def __init__(self, config: BlockFFNConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
+        output_routing: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BlockFFNModelOutput | tuple[Any, ...]:
+        """Run the decoder.
+
+        Args:
+            input_ids: `[B, T]`, or `inputs_embeds [B, T, D]`, which is scaled by `scale_emb` like embeddings.
+            document_ids: `[B, T]` for packed rows: equal numbers are one document, -1 is padding. Attention stays
+                within a document and positions restart at each. Excludes `attention_mask` and a cache.
+            output_routing: return one `Routing` per layer.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        assert inputs_embeds is not None
+        if document_ids is not None and (attention_mask is not None or past_key_values is not None):
+            raise ValueError("document_ids describes packed rows; it goes with neither attention_mask nor a cache")
+
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and document_ids is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        x = inputs_embeds * self.config.scale_emb
+        if position_ids is None:
+            position_ids = _positions(x, document_ids, past_key_values)
+        mask = self._attention_mask(x, attention_mask, position_ids, past_key_values, document_ids)
+        cos_sin = self.rotary_emb(x, position_ids=position_ids)
+
+        states, attentions, routings = [], [], []
+        for layer in self.layers:
+            states.append(x)
+            x, attention, routing = layer(
+                x,
+                position_embeddings=cos_sin,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            attentions.append(attention)
+            routings.append(routing)
+        x = self.norm(x)
+        states.append(x)
+        hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        attended = self.config.output_attentions if output_attentions is None else output_attentions
+        output = BlockFFNModelOutput(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=tuple(states) if hidden else None,
+            attentions=tuple(attentions) if attended else None,
+            routings=tuple(routings) if output_routing and self.config.ffn_type != "dense" else None,
+        )
+        return output if _wants_dict(self.config, return_dict) else output.to_tuple()
+
+    def _attention_mask(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        past_key_values: Cache | None,
+        document_ids: Tensor | None,
+    ) -> Any:
+        and_mask = None
+        if document_ids is not None:
+            def and_mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # fmt: skip
+                return document_ids[b, q] == document_ids[b, k]
+
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=None if document_ids is not None else position_ids,
+            and_mask_function=and_mask,
+        )
+
+
+class BlockFFNForCausalLM(BlockFFNPreTrainedModel, GenerationMixin):
+    """Decoder with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: BlockFFNConfig) -> None:
+        super().__init__(config)
+        self.model = BlockFFNModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def head_input(self, hidden_states: Tensor) -> Tensor:
+        """Final hidden states `[..., D]` as the head wants them: divided by the width multiplier."""
+        return hidden_states / self.config.width_multiplier
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        document_ids: Tensor | None = None,
+        output_routing: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BlockFFNCausalLMOutput | tuple[Any, ...]:
+        """As `BlockFFNModel.forward`, then logits `[B, T, V]`.
+
+        Args:
+            labels: `[B, T]` token ids, not shifted; -100 is ignored. Adds `loss`, the mean cross entropy of the next token.
+            logits_to_keep: compute logits of the last so many positions only (0: all), or of the given indices.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            document_ids=document_ids,
+            output_routing=output_routing,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            **{k: v for k, v in kwargs.items() if k != "num_items_in_batch"},
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(self.head_input(out.last_hidden_state[:, keep]))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = BlockFFNCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            routings=out.routings,
+        )
+        return output if _wants_dict(self.config, return_dict) else output.to_tuple()
+
+
+def _wants_dict(config: BlockFFNConfig, return_dict: bool | None) -> bool:
+    return config.return_dict if return_dict is None else return_dict
+
+
+def _positions(x: Tensor, document_ids: Tensor | None, past_key_values: Cache | None) -> Tensor:
+    """Positions `[1 or B, T]`, going on from the cache, or restarting where the document changes."""
+    index = torch.arange(x.shape[1], device=x.device)
+    if document_ids is None:
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return (index + seen).unsqueeze(0)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
