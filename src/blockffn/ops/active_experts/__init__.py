@@ -21,6 +21,7 @@ from torch import Tensor
 
 from blockffn.ops.active_experts.reference import active_experts_reference
 from blockffn.ops.backend import Backend, choose_backend
+from blockffn.ops.gpu import refuses_device
 from blockffn.ops.registration import define
 
 
@@ -40,7 +41,19 @@ class ActiveExperts(NamedTuple):
     tokens_ET: Tensor
 
 
+def _run_triton(weights_TE: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from blockffn.ops.active_experts.triton import active_experts_kernels
+
+    return active_experts_kernels(weights_TE, threshold)
+
+
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend(
+        _run_triton,
+        refuses=lambda weights_TE, threshold: refuses_device(weights_TE.device),
+        pays=lambda weights_TE, threshold: weights_TE.device.type == "cuda",
+        batch_invariant=True,
+    ),
     "reference": Backend(active_experts_reference, batch_invariant=True),
 }
 

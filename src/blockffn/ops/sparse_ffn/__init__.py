@@ -13,6 +13,7 @@ All tensors share one device and, on every backend but `reference`, one dtype fo
 
 Backends, in the order in which `auto` tries them:
     cpu        native kernels that read active rows only; batch-invariant; no gradient
+    triton     GPU kernels that read active experts only; differentiable
     dense      two matrix products over all experts; differentiable; the training path
     reference  the definition, in float32, one expert after the other; differentiable; slow
 
@@ -29,9 +30,11 @@ from blockffn.ops.quantization import PackedExperts
 from blockffn.ops.sparse_ffn.cpu import refuses_packed, refuses_plain, sparse_ffn_cpu, sparse_ffn_packed_cpu
 from blockffn.ops.sparse_ffn.dense import sparse_ffn_dense
 from blockffn.ops.sparse_ffn.reference import sparse_ffn_packed_reference, sparse_ffn_reference
+from blockffn.ops.sparse_ffn.triton import pays_triton, refuses_triton, sparse_ffn_triton
 
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(sparse_ffn_cpu, refuses_plain, batch_invariant=True),
+    "triton": Backend(sparse_ffn_triton, refuses_triton, pays_triton),
     "dense": Backend(sparse_ffn_dense),
     "reference": Backend(sparse_ffn_reference),
 }

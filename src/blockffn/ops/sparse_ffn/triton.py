@@ -1,24 +1,70 @@
-"""The GPU backend: one token, a chunk of up to 64, or grouped products for more; the same op for inference and training.
+"""The GPU backend: one token, a chunk of up to 64, or grouped products for more; for inference and for training.
 
-Needs a CUDA device of compute capability 8.0 or newer, or the Triton interpreter (`TRITON_INTERPRET=1`, set before this module
-is imported; bf16 products are wrong there). No launch synchronises with the host and every path can be captured in a CUDA graph.
+No launch synchronises with the host and every path can be captured in a CUDA graph. Triton itself is imported at the
+first call.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blockffn.ops.sparse_ffn.triton_chunk import MAX_CHUNK, chunk_tokens
-from blockffn.ops.sparse_ffn.triton_decode import decode_token
-from blockffn.ops.sparse_ffn.triton_grouped import PairList, grouped_backward, grouped_forward, list_pairs
+from blockffn.ops.gpu import has_dependent_launch, refuses_device
+from blockffn.ops.registration import define
 
 MAX_EXPERTS = 512
+MAX_CHUNK = 64
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def refuses_triton(
+    x_TD: Tensor,
+    up_proj_EFD: Tensor,
+    down_proj_EFD: Tensor,
+    weights_TE: Tensor,
+    *,
+    gate_proj_EFD: Tensor | None = None,
+) -> str | None:
+    """Why the Triton kernels cannot take these tensors, or `None`."""
+    (E, F, D), tensors = up_proj_EFD.shape, (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
+    if gate_proj_EFD is not None:
+        return "it has no gated experts; use backend='dense'"
+    reason = refuses_device(x_TD.device)
+    if reason is not None:
+        return reason
+    if any(tensor.device != x_TD.device for tensor in tensors):
+        return f"it needs all tensors on one device, got {sorted({str(tensor.device) for tensor in tensors})}"
+    if x_TD.dtype not in DTYPES or any(proj.dtype != x_TD.dtype for proj in (up_proj_EFD, down_proj_EFD)):
+        return (
+            "it needs x and experts of one dtype, bfloat16, float16 or float32; "
+            f"got {x_TD.dtype}, {up_proj_EFD.dtype} and {down_proj_EFD.dtype}"
+        )
+    if not (up_proj_EFD.is_contiguous() and down_proj_EFD.is_contiguous()):
+        return "it needs contiguous expert weights; call .contiguous() once when they are loaded"
+    if D % 16 or F % 16:
+        return f"it needs D and F to be multiples of 16, got {D} and {F}; use backend='dense'"
+    if E > MAX_EXPERTS:
+        return f"it takes up to {MAX_EXPERTS} experts, got {E}; use backend='dense'"
+    return None
+
+
+def pays_triton(
+    x_TD: Tensor,
+    up_proj_EFD: Tensor,
+    down_proj_EFD: Tensor,
+    weights_TE: Tensor,
+    *,
+    gate_proj_EFD: Tensor | None = None,
+) -> bool:
+    """Whether `auto` takes these kernels: for inference on up to 64 tokens.
+
+    More tokens and training pay only below a quarter of the pairs active, which the host does not know without waiting
+    for the GPU; name the backend there.
+    """
+    tensors = (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
+    return x_TD.device.type == "cuda" and x_TD.shape[0] <= MAX_CHUNK and not _needs_gradient(*tensors)
 
 
 def sparse_ffn_triton(
@@ -29,77 +75,96 @@ def sparse_ffn_triton(
     *,
     gate_proj_EFD: Tensor | None = None,
 ) -> Tensor:
-    """The sparse FFN on the GPU; shapes as in the op's contract, gradients in all four tensors.
+    """The sparse FFN on the GPU; shapes as in the op's contract, differentiable in all four tensors.
 
-    Only weights of active experts are read, each once for a chunk of up to 64 tokens. Gradients of inactive routing weights
-    are 0, as in the reference. Results are bit-equal between runs for up to 64 tokens; beyond, and in gradients of `x`,
-    float32 atomics leave the last bits free.
-
-    Raises:
-        ValueError: the device, a dtype, a width or a layout is not supported; the message names the remedy.
+    Weights of inactive experts are not read; active ones are read once for a chunk of up to 64 tokens. Experts in the
+    union of a chunk must have finite weights, since their rows meet hidden values of 0 for tokens that do not use them.
+    Gradients of inactive routing weights are 0, as in the reference. Results of up to 64 tokens are bit-equal between
+    runs; beyond, and in gradients of `x`, float32 atomics leave the last bits free.
     """
-    refuse_unsupported(x_TD, up_proj_EFD, down_proj_EFD, weights_TE, gate_proj_EFD)
-    x_TD, weights_TE = x_TD.contiguous(), weights_TE.contiguous()
     tensors = (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _GroupedFFN.apply(*tensors)
-    T = x_TD.shape[0]
+    if _needs_gradient(*tensors):
+        trained: Tensor = torch.ops.blockffn.sparse_ffn_grouped(*tensors)[0]
+        return trained
+    result: Tensor = torch.ops.blockffn.sparse_ffn_triton(*tensors)
+    return result
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _infer(x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor) -> Tensor:
+    from blockffn.ops.sparse_ffn.triton_grouped import grouped_forward
+    from blockffn.ops.sparse_ffn.triton_token import ffn_of_one_token
+    from blockffn.ops.sparse_ffn.triton_union import ffn_over_union
+
+    tensors = (x_TD.contiguous(), up_proj_EFD, down_proj_EFD, weights_TE.contiguous())
+    T, pdl = x_TD.shape[0], has_dependent_launch(x_TD.device)
     if T == 0:
-        return torch.empty_like(x_TD)
-    pdl = _has_dependent_launch(x_TD.device)
+        return torch.empty_like(tensors[0])
     if T == 1:
-        return decode_token(*tensors, pdl=pdl)
+        return ffn_of_one_token(*tensors, pdl=pdl)
     if T <= MAX_CHUNK:
-        return chunk_tokens(*tensors, pdl=pdl)
-    return grouped_forward(*tensors, list_pairs(weights_TE), save=False)[0]
+        return ffn_over_union(*tensors, pdl=pdl)
+    return grouped_forward(*tensors, save=False)[0]
 
 
-def refuse_unsupported(
-    x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor, gate_proj_EFD: Tensor | None
-) -> None:
-    """Raise `ValueError` for what these kernels do not take."""
-    E, F, D = up_proj_EFD.shape
-    if gate_proj_EFD is not None:
-        raise ValueError("sparse_ffn backend 'triton' has no gated experts; use backend='dense' with gate_proj")
-    if x_TD.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"sparse_ffn backend 'triton' needs tensors on a CUDA device, got {x_TD.device}; use 'cpu' or 'dense'"
-        )
-    if x_TD.dtype not in DTYPES:
-        raise ValueError(f"sparse_ffn backend 'triton' takes bfloat16, float16 or float32, got {x_TD.dtype}; convert x")
-    for name, proj in (("up_proj", up_proj_EFD), ("down_proj", down_proj_EFD)):
-        if proj.dtype != x_TD.dtype:
-            raise ValueError(f"sparse_ffn: {name} is {proj.dtype} and x is {x_TD.dtype}; convert one to the other")
-        if not proj.is_contiguous():
-            raise ValueError(
-                f"sparse_ffn: {name} is not contiguous; call .contiguous() once when the weights are loaded"
-            )
-    if D % 16 or F % 16:
-        raise ValueError(
-            f"sparse_ffn backend 'triton' needs D and F to be multiples of 16, got {D} and {F}; use 'dense'"
-        )
-    if E > MAX_EXPERTS:
-        raise ValueError(f"sparse_ffn backend 'triton' takes up to {MAX_EXPERTS} experts, got {E}; use 'dense'")
+def _train(
+    x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from blockffn.ops.sparse_ffn.triton_grouped import grouped_forward
+
+    return grouped_forward(x_TD.contiguous(), up_proj_EFD, down_proj_EFD, weights_TE.contiguous(), save=True)
 
 
-@functools.cache
-def _has_dependent_launch(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def _train_backward(
+    dy_TD: Tensor, x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor,
+    preact: Tensor, hidden: Tensor, num_tokens_E: Tensor, tokens_ET: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from blockffn.ops.sparse_ffn.triton_grouped import grouped_backward
+
+    dy_TD, x_TD, weights_TE = dy_TD.contiguous(), x_TD.contiguous(), weights_TE.contiguous()
+    saved = (preact, hidden, num_tokens_E, tokens_ET)
+    return grouped_backward(dy_TD, x_TD, up_proj_EFD, down_proj_EFD, weights_TE, *saved)
 
 
-class _GroupedFFN(torch.autograd.Function):
-    """Forward and backward through the grouped products; recomputes nothing, saves two rows of width F per active pair."""
+def _fake_train(
+    x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (T, E), F = weights_TE.shape, up_proj_EFD.shape[1]
+    pairs = x_TD.new_empty(T * E, F)
+    counts, tokens = (weights_TE.new_empty(shape, dtype=torch.int32) for shape in ((E,), (E, T)))
+    return x_TD.new_empty(x_TD.shape), pairs, torch.empty_like(pairs), counts, tokens
 
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor) -> Tensor:
-        pairs = list_pairs(weights_TE)
-        y_TD, preact, hidden = grouped_forward(x_TD, up_proj_EFD, down_proj_EFD, weights_TE, pairs, save=True)
-        ctx.save_for_backward(
-            x_TD, up_proj_EFD, down_proj_EFD, weights_TE, preact, hidden, pairs.tokens_ET, pairs.counts_E
-        )
-        return y_TD
 
-    @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        *inputs, preact, hidden, tokens_ET, counts_E = ctx.saved_tensors
-        return grouped_backward(dy_TD.contiguous(), *inputs, PairList(tokens_ET, counts_E), preact, hidden)
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output[1:])
+
+
+def _backward(ctx: Any, dy_TD: Tensor, *unused: Any) -> tuple[Tensor, ...]:
+    gradients: tuple[Tensor, ...] = torch.ops.blockffn.sparse_ffn_grouped_backward(dy_TD, *ctx.saved_tensors)
+    return gradients
+
+
+_EXPERTS = "Tensor x_TD, Tensor up_proj_EFD, Tensor down_proj_EFD, Tensor weights_TE"
+# On the CPU these run in the Triton interpreter, for tests.
+define(
+    f"sparse_ffn_triton({_EXPERTS}) -> Tensor",
+    {"CUDA": _infer, "CPU": _infer},
+    fake=lambda x_TD, up_proj_EFD, down_proj_EFD, weights_TE: x_TD.new_empty(x_TD.shape),
+)
+define(
+    f"sparse_ffn_grouped({_EXPERTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    {"CUDA": _train, "CPU": _train},
+    fake=_fake_train,
+)
+define(
+    f"sparse_ffn_grouped_backward(Tensor dy_TD, {_EXPERTS}, Tensor preact, Tensor hidden, "
+    "Tensor num_tokens_E, Tensor tokens_ET) -> (Tensor, Tensor, Tensor, Tensor)",
+    {"CUDA": _train_backward, "CPU": _train_backward},
+    fake=lambda dy_TD, x_TD, up, down, weights_TE, *saved: (
+        x_TD.new_empty(x_TD.shape), torch.empty_like(up), torch.empty_like(down), weights_TE.new_empty(weights_TE.shape)
+    ),
+)  # fmt: skip
+torch.library.register_autograd("blockffn::sparse_ffn_grouped", _backward, setup_context=_save_for_backward)

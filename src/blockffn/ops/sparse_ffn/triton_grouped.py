@@ -1,4 +1,4 @@
-"""Any number of tokens by grouped products over the active (token, expert) pairs, sorted by expert; forward and backward.
+"""Any number of tokens by grouped products over the active (token, expert) pairs, sorted by expert; both directions.
 
 Nothing depends on the number of pairs on the host: buffers are sized for all `T * E` pairs and persistent programs take
 tiles until there are none left. Three products cover both directions:
@@ -7,40 +7,21 @@ tiles until there are none left. Three products cover both directions:
     pairs [N, F] times an expert's [F, D], added into rows of [T, D]                 (output; gradient of x)
     pairs [N, F], transposed, times gathered rows of [T, D]        -> experts [E, F, D]  (gradients of the projections)
 
-The second adds with float32 atomics, so the last bits of its result may differ between runs.
+The second adds with float32 atomics, so the last bits of its result may differ between runs. Expert `e` has the tokens
+`tokens_ET[e, :num_tokens_E[e]]`, as `active_experts` lists them.
 """
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from blockffn.ops.active_experts.triton import active_experts_kernels
+from blockffn.ops.gpu import num_processors
 from blockffn.ops.sparse_ffn.triton_parts import silu
-
-
-@dataclass(frozen=True)
-class PairList:
-    """The active pairs: expert `e` has the tokens `tokens_ET[e, :counts_E[e]]`, ascending (int32)."""
-
-    tokens_ET: Tensor
-    counts_E: Tensor
-
-
-@triton.jit
-def _list_kernel(weights_ptr, tokens_ptr, counts_ptr, T, E: tl.constexpr, BLOCK_T: tl.constexpr):
-    expert = tl.program_id(0).to(tl.int64)
-    count = 0
-    for start in range(0, T, BLOCK_T):
-        tokens = start + tl.arange(0, BLOCK_T)
-        active = tl.load(weights_ptr + tokens.to(tl.int64) * E + expert, mask=tokens < T, other=0.0) != 0
-        position = count + tl.cumsum(active.to(tl.int32), axis=0) - 1
-        tl.store(tokens_ptr + expert * T + position, tokens, mask=active)
-        count += tl.sum(active.to(tl.int32), axis=0)
-    tl.store(counts_ptr + expert, count)
 
 
 @triton.jit
@@ -70,7 +51,7 @@ def _gather_kernel(
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BACKWARD: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """Forward: preact = up x and hidden = weight * silu(preact). Backward: from dhidden = down dy, gradients of both."""
+    """Forward: preact = up x and hidden = weight * silu(preact). Backward: down dy and, from it, both gradients."""
     for tile in range(tl.program_id(0), _num_tiles(counts_ptr, E, BLOCK_E, BLOCK_M), tl.num_programs(0)):
         expert, local_tile, first_pair = _find_tile(counts_ptr, tile, E, BLOCK_E, BLOCK_M)
         local_rows = local_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -177,75 +158,69 @@ def _outer_kernel(
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(features < F)[:, None] & (columns < D)[None, :])
 
 
-def list_pairs(weights_TE: Tensor) -> PairList:
-    """Sort the active pairs of contiguous `weights_TE` by expert, then token; no host synchronisation."""
-    T, E = weights_TE.shape
-    tokens_ET = torch.empty(E, T, dtype=torch.int32, device=weights_TE.device)
-    counts_E = torch.empty(E, dtype=torch.int32, device=weights_TE.device)
-    _list_kernel[(E,)](weights_TE, tokens_ET, counts_E, T, E=E, BLOCK_T=1024, num_warps=4)
-    return PairList(tokens_ET, counts_E)
-
-
 def grouped_forward(
-    x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor, pairs: PairList, *, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output `[T, D]`, and per pair the pre-activation and weighted hidden rows `[T * E, F]` (the first only if `save`)."""
+    x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor, *, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`(y_TD, preact, hidden, num_tokens_E, tokens_ET)`; all but the first are what `grouped_backward` needs.
+
+    `preact` and `hidden` hold a row of width F for each pair, in buffers for `T * E` pairs; `preact` only if `save`.
+    """
     (T, _), (E, F, _) = x_TD.shape, up_proj_EFD.shape
+    _, _, num_tokens_E, tokens_ET = active_experts_kernels(weights_TE, 0.0)
     hidden = x_TD.new_empty(T * E, F)
-    preact = torch.empty_like(hidden) if save else hidden
-    _launch_gather(pairs, up_proj_EFD, x_TD, weights_TE, preact, hidden, hidden, hidden, backward=False, save=save)
-    return _scatter(pairs, hidden, down_proj_EFD, T).to(x_TD.dtype), preact, hidden
+    preact = x_TD.new_empty(T * E if save else 0, F)
+    _gather(x_TD, up_proj_EFD, weights_TE, tokens_ET, num_tokens_E, preact, hidden, hidden, hidden, save=save)
+    y_TD = _scatter(hidden, down_proj_EFD, tokens_ET, num_tokens_E, T).to(x_TD.dtype)
+    return y_TD, preact, hidden, num_tokens_E, tokens_ET
 
 
 def grouped_backward(
     dy_TD: Tensor, x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor,
-    pairs: PairList, preact: Tensor, hidden: Tensor,
+    preact: Tensor, hidden: Tensor, num_tokens_E: Tensor, tokens_ET: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `x`, `up_proj`, `down_proj` and `weights`; the last is 0 where the weight is 0."""
-    dpreact = torch.empty_like(hidden)
-    dweights_TE = torch.zeros_like(weights_TE)
-    _launch_gather(
-        pairs, down_proj_EFD, dy_TD, weights_TE, preact, hidden, dpreact, dweights_TE, backward=True, save=False
-    )
-    ddown = _outer(pairs, hidden, dy_TD, down_proj_EFD)
-    dup = _outer(pairs, dpreact, x_TD, up_proj_EFD)
-    dx = _scatter(pairs, dpreact, up_proj_EFD, x_TD.shape[0]).to(x_TD.dtype)
-    return dx, dup, ddown, dweights_TE
+    dpreact, dweights_TE = torch.empty_like(hidden), torch.zeros_like(weights_TE)
+    pairs = (tokens_ET, num_tokens_E)
+    _gather(dy_TD, down_proj_EFD, weights_TE, *pairs, preact, hidden, dpreact, dweights_TE, backward=True)
+    ddown_EFD = _outer(hidden, dy_TD, *pairs, down_proj_EFD)
+    dup_EFD = _outer(dpreact, x_TD, *pairs, up_proj_EFD)
+    dx_TD = _scatter(dpreact, up_proj_EFD, *pairs, x_TD.shape[0]).to(x_TD.dtype)
+    return dx_TD, dup_EFD, ddown_EFD, dweights_TE
 
 
-def _launch_gather(
-    pairs: PairList, proj_EFD: Tensor, rows_TD: Tensor, weights_TE: Tensor,
-    preact: Tensor, hidden: Tensor, dpreact: Tensor, dweights_TE: Tensor, *, backward: bool, save: bool,
+def _gather(
+    rows_TD: Tensor, proj_EFD: Tensor, weights_TE: Tensor, tokens_ET: Tensor, num_tokens_E: Tensor,
+    preact: Tensor, hidden: Tensor, dpreact: Tensor, dweights_TE: Tensor, *, save: bool = False, backward: bool = False,
 ) -> None:  # fmt: skip
-    E, F, D = proj_EFD.shape
-    block_m, block_f = _block_m(rows_TD.shape[0]), min(triton.next_power_of_2(F), 128)
-    _gather_kernel[(_num_programs(rows_TD, 2),)](
-        rows_TD, proj_EFD, weights_TE, pairs.tokens_ET, pairs.counts_E, preact, hidden, dpreact, dweights_TE,
-        rows_TD.shape[0], E=E, D=D, F=F, BLOCK_E=triton.next_power_of_2(E), BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_D=64,
-        BACKWARD=backward, SAVE=save, num_warps=_warps(block_m, block_f), num_stages=3,
+    (T, _), (E, F, D) = rows_TD.shape, proj_EFD.shape
+    block_m, block_f = _block_m(T), min(triton.next_power_of_2(F), 128)
+    _gather_kernel[(2 * num_processors(rows_TD.device),)](
+        rows_TD, proj_EFD, weights_TE, tokens_ET, num_tokens_E, preact, hidden, dpreact, dweights_TE,
+        T, E=E, D=D, F=F, BLOCK_E=triton.next_power_of_2(E), BLOCK_M=block_m, BLOCK_F=block_f, BLOCK_D=64,
+        BACKWARD=backward, SAVE=save, **_pipeline(rows_TD, block_m, block_f),
     )  # fmt: skip
 
 
-def _scatter(pairs: PairList, rows_NF: Tensor, proj_EFD: Tensor, num_tokens: int) -> Tensor:
+def _scatter(rows_NF: Tensor, proj_EFD: Tensor, tokens_ET: Tensor, num_tokens_E: Tensor, T: int) -> Tensor:
     E, F, D = proj_EFD.shape
-    out = torch.zeros(num_tokens, D, dtype=torch.float32, device=proj_EFD.device)
-    block_m, block_d = _block_m(num_tokens), min(triton.next_power_of_2(D), 128)
-    _scatter_kernel[(_num_programs(out, 2),)](
-        rows_NF, proj_EFD, pairs.tokens_ET, pairs.counts_E, out,
-        num_tokens, E=E, D=D, F=F, BLOCK_E=triton.next_power_of_2(E), BLOCK_M=block_m,
-        BLOCK_F=min(triton.next_power_of_2(F), 64), BLOCK_D=block_d, num_warps=_warps(block_m, block_d), num_stages=3,
+    out = torch.zeros(T, D, dtype=torch.float32, device=proj_EFD.device)
+    block_m, block_d = _block_m(T), min(triton.next_power_of_2(D), 128)
+    _scatter_kernel[(2 * num_processors(out.device),)](
+        rows_NF, proj_EFD, tokens_ET, num_tokens_E, out,
+        T, E=E, D=D, F=F, BLOCK_E=triton.next_power_of_2(E), BLOCK_M=block_m,
+        BLOCK_F=min(triton.next_power_of_2(F), 64), BLOCK_D=block_d, **_pipeline(rows_NF, block_m, block_d),
     )  # fmt: skip
     return out
 
 
-def _outer(pairs: PairList, rows_NF: Tensor, rows_TD: Tensor, like_EFD: Tensor) -> Tensor:
+def _outer(rows_NF: Tensor, rows_TD: Tensor, tokens_ET: Tensor, num_tokens_E: Tensor, like_EFD: Tensor) -> Tensor:
     E, F, D = like_EFD.shape
     out = torch.empty_like(like_EFD)
     block_f, block_d = min(triton.next_power_of_2(F), 128), min(triton.next_power_of_2(D), 128)
     _outer_kernel[(triton.cdiv(D, block_d), triton.cdiv(F, block_f), E)](
-        rows_NF, rows_TD, pairs.tokens_ET, pairs.counts_E, out,
-        rows_TD.shape[0], E=E, D=D, F=F, BLOCK_E=triton.next_power_of_2(E), BLOCK_M=64, BLOCK_F=block_f, BLOCK_D=block_d,
-        num_warps=_warps(block_f, block_d), num_stages=3,
+        rows_NF, rows_TD, tokens_ET, num_tokens_E, out,
+        rows_TD.shape[0], E=E, D=D, F=F, BLOCK_E=triton.next_power_of_2(E), BLOCK_M=64,
+        BLOCK_F=block_f, BLOCK_D=block_d, **_pipeline(rows_NF, block_f, block_d),
     )  # fmt: skip
     return out
 
@@ -254,11 +229,6 @@ def _block_m(num_tokens: int) -> int:
     return 128 if num_tokens > 1024 else 64
 
 
-def _warps(rows: int, columns: int) -> int:
-    return 8 if rows * columns >= 128 * 128 else 4
-
-
-def _num_programs(tensor: Tensor, per_processor: int) -> int:
-    if tensor.device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count * per_processor
+def _pipeline(operand: Tensor, rows: int, columns: int) -> dict[str, int]:
+    """Warps and stages for an accumulator of `rows` x `columns`; float32 operands fill shared memory sooner."""
+    return {"num_warps": 8 if rows * columns >= 128 * 128 else 4, "num_stages": 3 if operand.element_size() <= 2 else 2}

@@ -1,19 +1,11 @@
 """What the Triton kernels share: activation, dependent launch, the scan over routing weights, the split reduction."""
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-
-@functools.cache
-def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of the device; 4 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @triton.jit

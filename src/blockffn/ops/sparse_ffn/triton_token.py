@@ -1,9 +1,10 @@
-"""One token: each program takes rows of `up` and the same rows of `down`, then a second launch adds the programs' sums.
+"""One token: a program takes rows of `up` and the same rows of `down`; a second launch adds the programs' sums.
 
-Both projections are stored `[E, F, D]`, so hidden unit `f` of an expert needs row `f` of either and nothing else: all its bytes
-are requested at once. Every program reads the `E` routing weights and ranks the active experts itself, so there is no
-compaction launch and no host synchronisation. Sums run in float32 in a fixed order: repeated calls are bit-equal.
+Both projections are stored `[E, F, D]`, so hidden unit `f` of an expert needs row `f` of either and nothing else: all
+its bytes are requested at once. Every program reads the `E` routing weights and ranks the active experts itself, so there
+is no compaction launch and no host synchronisation. Sums run in float32 in a fixed order: repeated calls are bit-equal.
 """
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from blockffn.ops.gpu import num_processors
 from blockffn.ops.sparse_ffn.triton_parts import (
     let_next_kernel_start,
     nth_active,
-    num_processors,
     rank_active,
     silu,
     wait_for_previous_kernel,

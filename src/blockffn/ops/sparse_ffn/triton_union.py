@@ -1,11 +1,12 @@
 """Up to 64 tokens over the union of their experts: two launches, each union expert's weights read once for all tokens.
 
-Every program finds the union itself: it reads the `[T, E]` routing weights and ranks the experts that any token activates, so
-there is no compaction launch and no host synchronisation. The second kernel is launched while the first still runs
-(programmatic dependent launch) and has its first rows of `down` in flight before it waits for the hidden values. A token that
-does not activate an expert of the union gets a hidden value of exactly 0 there. Sums run in float32 in an order that depends
-only on the union: repeated calls are bit-equal.
+Every program finds the union itself: it reads the `[T, E]` routing weights and ranks the experts that any token
+activates, so there is no compaction launch and no host synchronisation. The second kernel is launched while the first
+still runs (programmatic dependent launch) and has its first rows of `down` in flight before it waits for the hidden
+values. A token that does not activate an expert of the union gets a hidden value of exactly 0 there. Sums run in
+float32 in an order that depends only on the union: repeated calls are bit-equal.
 """
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from blockffn.ops.gpu import num_processors
 from blockffn.ops.sparse_ffn.triton_parts import (
     let_next_kernel_start,
     nth_active,
-    num_processors,
     rank_active,
     silu,
     store_split,
@@ -33,9 +34,9 @@ MAX_TOKENS = 64
 class UnionConfig:
     """Launch shape.
 
-    A program of the up kernel multiplies `up_rows` rows of an expert, in steps of `up_cols` columns dealt to 4 warps, with
-    `up_stages - 1` steps in flight; there are `up_programs` per processor. One of the down kernel sums every `splits`-th
-    block of `down_rows` rows over `down_cols` columns.
+    A program of the up kernel multiplies `up_rows` rows of an expert, in steps of `up_cols` columns dealt to 4 warps,
+    with `up_stages - 1` steps in flight; there are `up_programs` per processor. One of the down kernel sums every
+    `splits`-th block of `down_rows` rows over `down_cols` columns.
     """
 
     up_rows: int
@@ -49,8 +50,10 @@ class UnionConfig:
 
 
 def choose_config(num_tokens: int, num_experts: int) -> UnionConfig:
-    """What was fastest on an H200 at D 2048, F 128 and a union of 31 %: few tokens need all their bytes in flight at once,
-    more tokens fewer re-reads of `x`, more experts more programs."""
+    """What was fastest on an H200 at D 2048, F 128 and a union of 31 %.
+
+    Few tokens need all their bytes in flight at once, more tokens fewer re-reads of `x`, more experts more programs.
+    """
     many = num_experts > 64
     if num_tokens <= 8:
         return UnionConfig(16, 512, 4 if many else 5, 3 if many else 2, down_warps=4, splits=16)
@@ -71,7 +74,7 @@ def _up_kernel(
 ):  # fmt: skip
     """hidden[t, rank * F + f] = weight[t] * silu(up[expert, f] . x[t]) over the union, ascending; 0 where inactive.
 
-    The columns of a step are cut into `PARTS`, each summed by its own warp: one long chain of dependent products is slower.
+    The columns of a step are cut into `PARTS`, each summed by its own warp: one chain of dependent products is slower.
     """
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
@@ -113,7 +116,7 @@ def _down_kernel(
 ):  # fmt: skip
     """y[t] = sum over union rows of hidden[t, row] * down[row]."""
     let_next_kernel_start(PDL)
-    # The up kernel began after the routing weights were complete, and this one began after it: no need to wait for them.
+    # The up kernel waited for the routing weights before it let this one start: they can be read at once.
     active, ranks = rank_active(weights_ptr, num_tokens, E, TOKENS, BLOCK_E)
     steps: tl.constexpr = F // ROWS
     num_rows = tl.max(ranks, axis=0) * F
@@ -139,9 +142,7 @@ def _down_kernel(
         acc = tl.dot(hidden, current, acc, input_precision="ieee")
     at = tokens[:, None] * D + columns[None, :]
     mask = (tokens < num_tokens)[:, None] & inside
-    store_split(
-        acc, tl.program_id(1), tl.program_id(0), at, mask, y_ptr, partial_ptr, counter_ptr, TOKENS * D, SPLITS
-    )
+    store_split(acc, tl.program_id(1), tl.program_id(0), at, mask, y_ptr, partial_ptr, counter_ptr, TOKENS * D, SPLITS)
 
 
 def ffn_over_union(
@@ -180,5 +181,7 @@ def ffn_over_union(
 
 
 def fit_shared_memory(config: UnionConfig, x_TD: Tensor) -> UnionConfig:
-    """Narrower steps where values are wider than two bytes: the shapes above fill the shared memory with 16-bit ones."""
-    return replace(config, up_cols=config.up_cols * 2 // x_TD.element_size(), down_cols=32) if x_TD.element_size() > 2 else config
+    """Smaller blocks for float32: `choose_config` fills shared memory and registers with 16-bit values."""
+    if x_TD.element_size() <= 2:
+        return config
+    return replace(config, up_cols=config.up_cols // 2, down_rows=32, down_cols=32)
