@@ -1,8 +1,9 @@
 """One token: a program takes rows of `up` and the same rows of `down`; a second launch adds the programs' sums.
 
 Both projections are stored `[E, F, D]`, so hidden unit `f` of an expert needs row `f` of either and nothing else: all
-its bytes are requested at once. Every program reads the `E` routing weights and ranks the active experts itself, so there
-is no compaction launch and no host synchronisation. Sums run in float32 in a fixed order: repeated calls are bit-equal.
+its bytes are requested at once. Every program reads the `E` routing weights and ranks the active experts itself, so
+there is no compaction launch and no host synchronisation. Sums run in float32 in a fixed order: repeated calls are
+bit-equal.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
