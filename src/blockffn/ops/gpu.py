@@ -9,20 +9,24 @@ import os
 import torch
 
 
-@functools.cache
 def refuses_device(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on this device, or `None`.
 
     With `TRITON_INTERPRET=1`, set before Triton is imported, they run anywhere (slowly; bfloat16 products are wrong).
     """
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs tensors on a CUDA device, got {device}"
+    # torch.compile cannot trace these queries; where they would refuse, the launch itself fails.
+    return None if torch.compiler.is_compiling() else _lacks(device)
+
+
+@functools.cache
+def _lacks(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install 'blockffn[gpu]'"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device.type != "cuda":
-        return f"it needs tensors on a CUDA device, got {device}"
-    capability = torch.cuda.get_device_capability(device)
-    return None if capability >= (8, 0) else f"it needs compute capability 8.0 or newer, this GPU has {capability}"
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"it needs compute capability 8.0 or newer, this GPU has {capability}"
+    return None
 
 
 @functools.cache

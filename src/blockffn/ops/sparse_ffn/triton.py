@@ -16,6 +16,7 @@ from blockffn.ops.registration import define
 
 MAX_EXPERTS = 512
 MAX_CHUNK = 64
+MAX_AUTO_TOKENS = 32
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -58,13 +59,13 @@ def pays_triton(
     *,
     gate_proj_EFD: Tensor | None = None,
 ) -> bool:
-    """Whether `auto` takes these kernels: for inference on up to 64 tokens.
+    """Whether `auto` takes these kernels: for inference on up to 32 tokens.
 
-    More tokens and training pay only below a quarter of the pairs active, which the host does not know without waiting
-    for the GPU; name the backend there.
+    They then win while the union holds up to 60 % of the experts, which the host cannot know without waiting for the
+    GPU. More tokens and training pay only where a small share of the pairs is active; name the backend there.
     """
     tensors = (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
-    return x_TD.device.type == "cuda" and x_TD.shape[0] <= MAX_CHUNK and not _needs_gradient(*tensors)
+    return x_TD.device.type == "cuda" and x_TD.shape[0] <= MAX_AUTO_TOKENS and not _needs_gradient(*tensors)
 
 
 def sparse_ffn_triton(

@@ -30,17 +30,15 @@ def let_next_kernel_start(PDL: tl.constexpr):
 def rank_active(weights_ptr, num_tokens, E: tl.constexpr, TOKENS: tl.constexpr, BLOCK_E: tl.constexpr):
     """The union of up to `TOKENS` tokens: a mask over the experts, and for each the number of active ones up to it.
 
-    Tokens are read in blocks, all in flight at once, and joined across threads only at the end.
+    One load per token, all in flight at once: a thread keeps its own experts, and none are exchanged until the scan.
+    A `[tokens, experts]` tile with a reduction is slower (a layer of 128 experts, 8 tokens: 25 µs instead of 19).
     """
-    BLOCK_T: tl.constexpr = min(TOKENS, 8)
     experts = tl.arange(0, BLOCK_E)
-    active = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
-    for start in tl.static_range(0, TOKENS, BLOCK_T):
-        tokens = tl.minimum(start + tl.arange(0, BLOCK_T), num_tokens - 1)
-        at = tokens[:, None] * E + experts[None, :]
-        weights = tl.load(weights_ptr + at, mask=(experts < E)[None, :], other=0.0)
+    active = tl.zeros([BLOCK_E], tl.int32)
+    for t in tl.static_range(TOKENS):
+        token = tl.minimum(t, num_tokens - 1)
+        weights = tl.load(weights_ptr + token * E + experts, mask=experts < E, other=0.0)
         active |= (weights != 0).to(tl.int32)
-    active = tl.max(active, axis=0)
     return active, tl.cumsum(active, axis=0)
 
 

@@ -28,14 +28,15 @@ from blockffn.ops.sparse_ffn.triton_parts import (
 )
 
 MAX_TOKENS = 64
+PARTS = 4  # of the columns in a step of the up kernel, one for each of its warps
 
 
 @dataclass(frozen=True)
 class UnionConfig:
     """Launch shape.
 
-    A program of the up kernel multiplies `up_rows` rows of an expert, in steps of `up_cols` columns in 4 parts,
-    with `up_stages - 1` steps in flight; there are `up_programs` per processor. One of the down kernel sums every
+    A program of the up kernel multiplies `up_rows` rows of an expert, in steps of `up_cols` columns, with
+    `up_stages - 1` steps in flight; there are `up_programs` per processor. One of the down kernel sums every
     `splits`-th block of `down_rows` rows over `down_cols` columns.
     """
 
@@ -47,7 +48,6 @@ class UnionConfig:
     splits: int
     down_rows: int = 128
     down_cols: int = 64
-    up_warps: int = 4
 
 
 def choose_config(num_tokens: int, num_experts: int) -> UnionConfig:
@@ -59,7 +59,7 @@ def choose_config(num_tokens: int, num_experts: int) -> UnionConfig:
     if num_tokens <= 8:
         return UnionConfig(16, 512, 4 if many else 5, 3 if many else 2, down_warps=4, splits=16)
     if num_tokens <= 16:
-        return UnionConfig(16, 512, 4, 2, down_warps=4, splits=16)
+        return UnionConfig(16, 512, 4, 2, down_warps=8, splits=8)
     if num_tokens <= 32:
         return UnionConfig(32, 256, 4, 2, down_warps=8, splits=8) if many else UnionConfig(16, 512, 3, 2, 8, 8)
     return UnionConfig(32, 256, 4, 2, down_warps=8, splits=8)
@@ -75,7 +75,7 @@ def _up_kernel(
 ):  # fmt: skip
     """hidden[t, rank * F + f] = weight[t] * silu(up[expert, f] . x[t]) over the union, ascending; 0 where inactive.
 
-    The columns of a step are cut into `PARTS`, each summed by its own warps: one chain of dependent products is slower.
+    The columns of a step are cut into `PARTS`, each summed by its own warp: one chain of dependent products is slower.
     """
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
@@ -171,8 +171,8 @@ def ffn_over_union(
     launch = {"launch_pdl": True} if pdl else {}
     _up_kernel[(min(config.up_programs * num_processors(x_TD.device), E * F // up_rows),)](
         x_TD, up_proj_EFD, weights_TE, hidden, counter, T,
-        **shape, ROWS=up_rows, PARTS=4, BLOCK_D=max(16, min(triton.next_power_of_2(D), config.up_cols) // 4),
-        STAGES=config.up_stages, COUNTERS=counters, num_warps=config.up_warps, **launch,
+        **shape, ROWS=up_rows, PARTS=PARTS, BLOCK_D=max(16, min(triton.next_power_of_2(D), config.up_cols) // PARTS),
+        STAGES=config.up_stages, COUNTERS=counters, num_warps=PARTS, **launch,
     )  # fmt: skip
     _down_kernel[(column_tiles, config.splits)](
         down_proj_EFD, weights_TE, hidden, y_TD, partial, counter, T,
