@@ -11,23 +11,37 @@ Contract, equal for every backend:
 
 All tensors share one device and, on every backend but `reference`, one dtype for `x` and the projections.
 
-Backends:
-    reference  the definition, in float32, one expert after the other; differentiable; slow
+Backends, in the order in which `auto` tries them:
+    cpu        native kernels that read active rows only; batch-invariant; no gradient
+    triton     GPU kernels that read active experts only; differentiable
     dense      two matrix products over all experts; differentiable; the training path
+    reference  the definition, in float32, one expert after the other; differentiable; slow
+
+`sparse_ffn_packed` is the same op over `PackedExperts` (bf16, int8 or int4 in the layout that the CPU reads fastest).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import torch
 from torch import Tensor
 
+from blockffn.ops.backend import Backend, choose_backend
+from blockffn.ops.quantization import PackedExperts
+from blockffn.ops.sparse_ffn.cpu import refuses_packed, refuses_plain, sparse_ffn_cpu, sparse_ffn_packed_cpu
 from blockffn.ops.sparse_ffn.dense import sparse_ffn_dense
-from blockffn.ops.sparse_ffn.reference import sparse_ffn_reference
+from blockffn.ops.sparse_ffn.reference import sparse_ffn_packed_reference, sparse_ffn_reference
+from blockffn.ops.sparse_ffn.triton import pays_triton, refuses_triton, sparse_ffn_triton
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "reference": sparse_ffn_reference,
-    "dense": sparse_ffn_dense,
+BACKENDS: dict[str, Backend] = {
+    "cpu": Backend(sparse_ffn_cpu, refuses_plain, batch_invariant=True),
+    "triton": Backend(sparse_ffn_triton, refuses_triton, pays_triton),
+    "dense": Backend(sparse_ffn_dense),
+    "reference": Backend(sparse_ffn_reference),
+}
+
+PACKED_BACKENDS: dict[str, Backend] = {
+    "cpu": Backend(sparse_ffn_packed_cpu, refuses_packed, batch_invariant=True),
+    "reference": Backend(sparse_ffn_packed_reference),
 }
 
 
@@ -38,19 +52,69 @@ def sparse_ffn(
     weights_TE: Tensor,
     *,
     gate_proj_EFD: Tensor | None = None,
+    threshold: float = 0.0,
+    batch_invariant: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Apply the active experts of each token and sum them, weighted. Shapes as in the module docstring.
 
+    Args:
+        threshold: experts with `|weight| <= threshold` are skipped; trades quality for speed at run time.
+        batch_invariant: only use a backend for which a token's result is bit-equal in any batch, so that verifying k
+            drafted tokens rounds like decoding them one by one.
+        backend: a name in `BACKENDS`, or `auto`: the fastest that takes the arguments.
+
     Raises:
-        ValueError: shapes disagree, or `backend` is unknown.
+        ValueError: shapes disagree, `threshold` is negative, or `backend` is unknown or cannot take the arguments.
     """
     check_shapes(x_TD, up_proj_EFD, down_proj_EFD, weights_TE, gate_proj_EFD)
-    if backend == "auto":
-        backend = "dense"
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r} for sparse_ffn; choose one of {sorted(BACKENDS)} or 'auto'")
-    return BACKENDS[backend](x_TD, up_proj_EFD, down_proj_EFD, weights_TE, gate_proj_EFD=gate_proj_EFD)
+    weights_TE = apply_threshold(weights_TE, threshold)
+    arguments = (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
+    name = choose_backend(
+        "sparse_ffn", BACKENDS, backend, *arguments, gate_proj_EFD=gate_proj_EFD, batch_invariant=batch_invariant
+    )
+    result: Tensor = BACKENDS[name].run(*arguments, gate_proj_EFD=gate_proj_EFD)
+    return result
+
+
+def sparse_ffn_packed(
+    x_TD: Tensor,
+    experts: PackedExperts,
+    weights_TE: Tensor,
+    *,
+    threshold: float = 0.0,
+    batch_invariant: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """`sparse_ffn` over experts packed by `blockffn.ops.quantization.pack_experts`.
+
+    `x_TD` is float32 or bfloat16 whatever the format of the experts. Other arguments as for `sparse_ffn`.
+
+    Raises:
+        ValueError: shapes disagree, `threshold` is negative, or `backend` is unknown or cannot take the arguments.
+    """
+    expected = {
+        "x": (x_TD, (x_TD.shape[0], experts.hidden_size)),
+        "weights": (weights_TE, (x_TD.shape[0], experts.num_experts)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"sparse_ffn_packed: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be at least 0, got {threshold}")
+    arguments = (x_TD, experts, weights_TE, threshold)
+    name = choose_backend("sparse_ffn_packed", PACKED_BACKENDS, backend, *arguments, batch_invariant=batch_invariant)
+    result: Tensor = PACKED_BACKENDS[name].run(*arguments)
+    return result
+
+
+def apply_threshold(weights_TE: Tensor, threshold: float) -> Tensor:
+    """Set `|weight| <= threshold` to zero. Raises `ValueError` for a negative threshold."""
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be at least 0, got {threshold}")
+    if threshold == 0:
+        return weights_TE
+    return torch.where(weights_TE.abs() <= threshold, 0, weights_TE)
 
 
 def check_shapes(

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blockffn.ops.quantization import PackedExperts
+
 
 def sparse_ffn_reference(
     x_TD: Tensor,
@@ -24,3 +26,10 @@ def sparse_ffn_reference(
         hidden = F.silu(up) if gate_proj_EFD is None else F.silu(x[tokens] @ gate_proj_EFD[e].float().T) * up
         out = out.index_add(0, tokens, weights[tokens, e, None] * (hidden @ down_proj_EFD[e].float()))
     return out.to(x_TD.dtype)
+
+
+def sparse_ffn_packed_reference(x_TD: Tensor, experts: PackedExperts, weights_TE: Tensor, threshold: float) -> Tensor:
+    """Unpack the experts, then apply the definition."""
+    up, down, gate = experts.unpack()
+    weights_TE = torch.where(weights_TE.abs() <= threshold, 0, weights_TE)
+    return sparse_ffn_reference(x_TD, up, down, weights_TE, gate_proj_EFD=gate)

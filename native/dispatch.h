@@ -1,0 +1,9 @@
+#pragma once
+
+#include "kernels.h"
+
+namespace blockffn {
+
+const Kernels& kernels();
+
+}  // namespace blockffn

@@ -1,0 +1,79 @@
+// What one instruction set provides. The driver (sparse_ffn.cpp) knows nothing else about the processor.
+#pragma once
+
+#include <stdint.h>
+
+namespace blockffn {
+
+enum Format { kF32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
+
+constexpr int kStrip = 32;     // outputs of a strip
+constexpr int kMaxTokens = 8;  // most tokens a kernel takes at once
+
+// One strip times up to `max_tokens` activation rows: outputs[m][0..31] (+)= strip * rows[m].
+struct StripCall {
+  const uint8_t* strip;
+  int64_t inputs;  // K, rounded up as in blockffn.h
+  int64_t group;
+  const uint8_t* const* rows;  // prepared by `prepare`
+  float* const* outputs;
+  int num_tokens;
+  bool accumulate;
+};
+
+struct Kernels {
+  const char* name;
+  int max_tokens;
+  void (*strip[4])(const StripCall&);
+  // Turns float activations into the form that `strip` of this format wants, with zeros from `count` to `inputs`.
+  void (*prepare[4])(const float* x, int64_t count, int64_t inputs, int64_t group, uint8_t* row);
+  // values[i] = silu(values[i]) * weight; with `gate`: silu(gate[i]) * values[i] * weight. `count` is a multiple of 32.
+  void (*activate)(float* values, const float* gate, float weight, int64_t count);
+  // Rows of plain [rows][count] weights: outputs[m][r] = dot(weights[r], x[m]); bf16 weights when `is_bf16`.
+  void (*dot_rows)(const void* weights, bool is_bf16, int64_t rows, int64_t count, const float* const* x, int num_tokens,
+                   float* const* outputs);
+  // outputs[m][0..count) += sum_r factors[m][r] * weights[r][0..count), weights with `stride` elements from row to row.
+  void (*add_rows)(const void* weights, bool is_bf16, int64_t rows, int64_t count, int64_t stride,
+                   const float* const* factors, int num_tokens, float* const* outputs);
+  // Reads memory as fast as it comes; the sum keeps the compiler honest.
+  uint64_t (*sum)(const uint8_t* data, int64_t bytes);
+};
+
+// Bytes of a prepared activation row: floats, or int8 codes followed by a float scale and an int32 sum for each group.
+inline int64_t row_bytes(int format, int64_t inputs, int64_t group) {
+  if (format == kF32 || format == kBf16) return inputs * 4;
+  return (inputs + inputs / group * 8 + 63) / 64 * 64;
+}
+
+inline int64_t strip_bytes(int format, int64_t inputs, int64_t group) {
+  switch (format) {
+    case kF32: return inputs * kStrip * 4;
+    case kBf16: return inputs * kStrip * 2;
+    case kInt8: return inputs / group * (kStrip * 2) + inputs * kStrip;
+    default: return inputs / group * (kStrip * 2) + inputs * kStrip / 2;
+  }
+}
+
+inline float bf16_to_float(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &wide, 4);
+  return value;
+}
+
+// Round to nearest even; NaN stays NaN.
+inline uint16_t float_to_bf16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+// Each is null where this build or this processor lacks the instructions.
+const Kernels* avx512_bf16_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx2_kernels();
+const Kernels* neon_kernels();
+const Kernels* portable_kernels();
+
+}  // namespace blockffn

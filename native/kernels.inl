@@ -1,0 +1,331 @@
+// The kernels, written once over the vector vocabulary `Vec` that each instruction set defines before including this
+// file inside its own anonymous namespace (so that no two instruction sets share a template's code).
+//
+// Sums run along K in one order whatever the number of tokens: a token's result is bit-equal in any batch.
+
+using blockffn::kBf16;
+using blockffn::kF32;
+using blockffn::kInt4;
+using blockffn::kInt8;
+using blockffn::Kernels;
+using blockffn::kStrip;
+using blockffn::StripCall;
+
+constexpr int kVectors = kStrip / Vec::kLanes;
+
+// `M` tokens times `N` vectors of outputs, starting `first` outputs into the strip.
+template <int kFormat, int M, int N>
+inline void float_tile(const StripCall& call, int first) {
+  using F = typename Vec::F;
+  constexpr int kStepBytes = kStrip * 4;             // of weights, one step of K
+  constexpr int kInputs = kFormat == kBf16 ? 2 : 1;  // in a step
+  const float* x[M];
+  F sum[M][N];
+  for (int m = 0; m < M; ++m) {
+    x[m] = reinterpret_cast<const float*>(call.rows[m]);
+    for (int n = 0; n < N; ++n)
+      sum[m][n] = call.accumulate ? Vec::load(call.outputs[m] + first + n * Vec::kLanes) : Vec::zero();
+  }
+  const uint8_t* w = call.strip + first * 4;
+  for (int64_t k = 0; k < call.inputs; k += kInputs, w += kStepBytes) {
+    F even[N], odd[N];
+    for (int n = 0; n < N; ++n) {
+      if (kFormat == kBf16)
+        Vec::load_bf16_pairs(w + n * Vec::kLanes * 4, &even[n], &odd[n]);
+      else
+        even[n] = Vec::load(reinterpret_cast<const float*>(w) + n * Vec::kLanes);
+    }
+    for (int m = 0; m < M; ++m) {
+      const F a = Vec::broadcast(x[m][k]);
+      for (int n = 0; n < N; ++n) sum[m][n] = Vec::fma(even[n], a, sum[m][n]);
+    }
+    if (kFormat == kBf16) {
+      for (int m = 0; m < M; ++m) {
+        const F a = Vec::broadcast(x[m][k + 1]);
+        for (int n = 0; n < N; ++n) sum[m][n] = Vec::fma(odd[n], a, sum[m][n]);
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) Vec::store(call.outputs[m] + first + n * Vec::kLanes, sum[m][n]);
+}
+
+template <int kFormat, int M, int N>
+inline void integer_tile(const StripCall& call, int first) {
+  using F = typename Vec::F;
+  using I = typename Vec::I;
+  constexpr int kInputs = kFormat == kInt8 ? 4 : 8;  // in a step of 128 bytes
+  constexpr int kOffset = kFormat == kInt8 ? Vec::kOffset8 : Vec::kOffset4;
+  const int64_t num_groups = call.inputs / call.group;
+  const int8_t* x[M];
+  const float* x_scale[M];
+  const int32_t* x_sum[M];
+  F sum[M][N];
+  for (int m = 0; m < M; ++m) {
+    x[m] = reinterpret_cast<const int8_t*>(call.rows[m]);
+    x_scale[m] = reinterpret_cast<const float*>(x[m] + call.inputs);
+    x_sum[m] = reinterpret_cast<const int32_t*>(x_scale[m] + num_groups);
+    for (int n = 0; n < N; ++n)
+      sum[m][n] = call.accumulate ? Vec::load(call.outputs[m] + first + n * Vec::kLanes) : Vec::zero();
+  }
+  const uint8_t* w = call.strip;
+  for (int64_t g = 0; g < num_groups; ++g) {
+    F scale[N];
+    for (int n = 0; n < N; ++n) scale[n] = Vec::load_half(w + (first + n * Vec::kLanes) * 2);
+    w += kStrip * 2;
+    I dot[M][N];
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) dot[m][n] = Vec::broadcast_int(-kOffset * x_sum[m][g]);
+    for (int64_t k = g * call.group; k < (g + 1) * call.group; k += kInputs, w += kStrip * 4) {
+      I code[N];
+      for (int n = 0; n < N; ++n) code[n] = Vec::load_codes(w + (first + n * Vec::kLanes) * 4);
+      if (kFormat == kInt8) {
+        for (int m = 0; m < M; ++m) {
+          const I a = Vec::broadcast_bytes(x[m] + k);
+          for (int n = 0; n < N; ++n) dot[m][n] = Vec::dot8(dot[m][n], code[n], a);
+        }
+      } else {
+        I low[N], high[N];
+        for (int n = 0; n < N; ++n) low[n] = Vec::low_nibbles(code[n]);
+        for (int n = 0; n < N; ++n) high[n] = Vec::high_nibbles(code[n]);
+        for (int m = 0; m < M; ++m) {
+          const I a = Vec::broadcast_bytes(x[m] + k);
+          for (int n = 0; n < N; ++n) dot[m][n] = Vec::dot4(dot[m][n], low[n], a);
+        }
+        for (int m = 0; m < M; ++m) {
+          const I a = Vec::broadcast_bytes(x[m] + k + 4);
+          for (int n = 0; n < N; ++n) dot[m][n] = Vec::dot4(dot[m][n], high[n], a);
+        }
+      }
+    }
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n)
+        sum[m][n] = Vec::fma(Vec::to_float(dot[m][n]), Vec::mul(scale[n], Vec::broadcast(x_scale[m][g])), sum[m][n]);
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) Vec::store(call.outputs[m] + first + n * Vec::kLanes, sum[m][n]);
+}
+
+// Few tokens take the whole strip in one pass; more tokens take half of it twice where registers are few.
+template <int kFormat, int M>
+void strip_tile(const StripCall& call) {
+  constexpr int kWide = M <= Vec::kWideTokens ? kVectors : kVectors / 2;
+  for (int first = 0; first < kStrip; first += kWide * Vec::kLanes) {
+    if constexpr (kFormat == kF32 || kFormat == kBf16)
+      float_tile<kFormat, M, kWide>(call, first);
+    else
+      integer_tile<kFormat, M, kWide>(call, first);
+  }
+}
+
+template <int kFormat>
+void strip(const StripCall& call) {
+  switch (call.num_tokens) {
+    case 1: return strip_tile<kFormat, 1>(call);
+    case 2: return strip_tile<kFormat, 2>(call);
+    case 3: return strip_tile<kFormat, 3>(call);
+    case 4: return strip_tile<kFormat, 4>(call);
+  }
+  if constexpr (Vec::kTokens > 4) {
+    switch (call.num_tokens) {
+      case 5: return strip_tile<kFormat, 5>(call);
+      case 6: return strip_tile<kFormat, 6>(call);
+      case 7: return strip_tile<kFormat, 7>(call);
+      case 8: return strip_tile<kFormat, 8>(call);
+    }
+  }
+}
+
+void prepare_float(const float* x, int64_t count, int64_t inputs, int64_t, uint8_t* row) {
+  float* out = reinterpret_cast<float*>(row);
+  for (int64_t k = 0; k < count; ++k) out[k] = x[k];
+  for (int64_t k = count; k < inputs; ++k) out[k] = 0;
+}
+
+// Symmetric int8 with one scale for each group: code = round(x * 127 / max|x|). A group with a NaN gets scale NaN.
+void prepare_int8(const float* x, int64_t count, int64_t inputs, int64_t group, uint8_t* row) {
+  int8_t* codes = reinterpret_cast<int8_t*>(row);
+  float* scales = reinterpret_cast<float*>(codes + inputs);
+  int32_t* sums = reinterpret_cast<int32_t*>(scales + inputs / group);
+  for (int64_t g = 0; g < inputs / group; ++g) {
+    const int64_t begin = g * group;
+    const int64_t length = count - begin < 0 ? 0 : count - begin < group ? count - begin : group;
+    uint32_t largest = 0;  // of the bit patterns of |x|, which order like the values, NaN above all
+    for (int64_t k = 0; k < length; ++k) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, x + begin + k, 4);
+      bits &= 0x7fffffffu;
+      largest = bits > largest ? bits : largest;
+    }
+    float amax;
+    __builtin_memcpy(&amax, &largest, 4);
+    const bool finite = largest < 0x7f800000u;
+    const float inverse = finite && amax > 1e-30f ? 127.0f / amax : 0.0f;
+    int32_t sum = 0;
+    for (int64_t k = 0; k < length; ++k) {
+      // Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits. A multiply-add fused in one
+      // build and not in another would only move ties.
+      const float shifted = (finite ? x[begin + k] : 0.0f) * inverse + 12582912.0f;
+      int32_t bits;
+      __builtin_memcpy(&bits, &shifted, 4);
+      const int32_t code = bits - 0x4b400000;
+      codes[begin + k] = static_cast<int8_t>(code);
+      sum += code;
+    }
+    for (int64_t k = length; k < group; ++k) codes[begin + k] = 0;
+    scales[g] = finite ? amax * (1.0f / 127.0f) : __builtin_nanf("");
+    sums[g] = sum;
+  }
+}
+
+// exp for x <= 0 in floats: 2^n * polynomial, relative error below 3e-7; NaN stays NaN.
+inline float exp_nonpositive(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  int32_t bits;
+  __builtin_memcpy(&bits, &shifted, 4);
+  bits = (bits - 0x4b400000 + 127) << 23;
+  float power;
+  __builtin_memcpy(&power, &bits, 4);
+  return p * power;
+}
+
+inline float silu(float x) {
+  const float e = exp_nonpositive(x < 0 ? x : -x);  // no overflow on either side
+  return x * (x < 0 ? e : 1.0f) / (1.0f + e);
+}
+
+void activate(float* values, const float* gate, float weight, int64_t count) {
+  if (gate) {
+    for (int64_t i = 0; i < count; ++i) values[i] = silu(gate[i]) * values[i] * weight;
+  } else {
+    for (int64_t i = 0; i < count; ++i) values[i] = silu(values[i]) * weight;
+  }
+}
+
+template <bool kIsBf16>
+inline typename Vec::F load_plain(const void* weights, int64_t index) {
+  if constexpr (kIsBf16) return Vec::load_bf16(static_cast<const uint16_t*>(weights) + index);
+  return Vec::load(static_cast<const float*>(weights) + index);
+}
+
+template <bool kIsBf16>
+inline float load_plain_scalar(const void* weights, int64_t index) {
+  if constexpr (kIsBf16) return blockffn::bf16_to_float(static_cast<const uint16_t*>(weights)[index]);
+  return static_cast<const float*>(weights)[index];
+}
+
+// Four rows at a time with two partial sums each: enough independent additions to hide their latency.
+template <bool kIsBf16, int R>
+inline void dot_some_rows(const void* weights, int64_t row, int64_t count, const float* x, float* output) {
+  using F = typename Vec::F;
+  F sum[R][2];
+  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Vec::zero();
+  int64_t k = 0;
+  for (; k + 2 * Vec::kLanes <= count; k += 2 * Vec::kLanes) {
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = k + half * Vec::kLanes;
+      const F a = Vec::load(x + at);
+      for (int r = 0; r < R; ++r)
+        sum[r][half] = Vec::fma(load_plain<kIsBf16>(weights, (row + r) * count + at), a, sum[r][half]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    float lanes[2 * Vec::kLanes];
+    Vec::store(lanes, sum[r][0]);
+    Vec::store(lanes + Vec::kLanes, sum[r][1]);
+    float total = 0;
+    for (float lane : lanes) total += lane;
+    for (int64_t tail = k; tail < count; ++tail)
+      total += load_plain_scalar<kIsBf16>(weights, (row + r) * count + tail) * x[tail];
+    output[row + r] = total;
+  }
+}
+
+template <bool kIsBf16>
+void dot_rows_of(const void* weights, int64_t rows, int64_t count, const float* const* x, int num_tokens,
+                 float* const* outputs) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4)
+    for (int m = 0; m < num_tokens; ++m) dot_some_rows<kIsBf16, 4>(weights, row, count, x[m], outputs[m]);
+  for (; row < rows; ++row)
+    for (int m = 0; m < num_tokens; ++m) dot_some_rows<kIsBf16, 1>(weights, row, count, x[m], outputs[m]);
+}
+
+void dot_rows(const void* weights, bool is_bf16, int64_t rows, int64_t count, const float* const* x, int num_tokens,
+              float* const* outputs) {
+  if (is_bf16)
+    dot_rows_of<true>(weights, rows, count, x, num_tokens, outputs);
+  else
+    dot_rows_of<false>(weights, rows, count, x, num_tokens, outputs);
+}
+
+template <bool kIsBf16, int R>
+inline void add_some_rows(const void* weights, int64_t row, int64_t count, int64_t stride, const float* factors,
+                          float* output) {
+  using F = typename Vec::F;
+  F factor[R];
+  for (int r = 0; r < R; ++r) factor[r] = Vec::broadcast(factors[row + r]);
+  int64_t k = 0;
+  for (; k + Vec::kLanes <= count; k += Vec::kLanes) {
+    F sum = Vec::load(output + k);
+    for (int r = 0; r < R; ++r) sum = Vec::fma(load_plain<kIsBf16>(weights, (row + r) * stride + k), factor[r], sum);
+    Vec::store(output + k, sum);
+  }
+  for (; k < count; ++k)
+    for (int r = 0; r < R; ++r)
+      output[k] += load_plain_scalar<kIsBf16>(weights, (row + r) * stride + k) * factors[row + r];
+}
+
+template <bool kIsBf16>
+void add_rows_of(const void* weights, int64_t rows, int64_t count, int64_t stride, const float* const* factors,
+                 int num_tokens, float* const* outputs) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4)
+    for (int m = 0; m < num_tokens; ++m)
+      add_some_rows<kIsBf16, 4>(weights, row, count, stride, factors[m], outputs[m]);
+  for (; row < rows; ++row)
+    for (int m = 0; m < num_tokens; ++m)
+      add_some_rows<kIsBf16, 1>(weights, row, count, stride, factors[m], outputs[m]);
+}
+
+void add_rows(const void* weights, bool is_bf16, int64_t rows, int64_t count, int64_t stride,
+              const float* const* factors, int num_tokens, float* const* outputs) {
+  if (is_bf16)
+    add_rows_of<true>(weights, rows, count, stride, factors, num_tokens, outputs);
+  else
+    add_rows_of<false>(weights, rows, count, stride, factors, num_tokens, outputs);
+}
+
+uint64_t sum(const uint8_t* data, int64_t bytes) {
+  typedef uint64_t Line __attribute__((vector_size(64), aligned(1)));
+  Line sums[4] = {};
+  int64_t at = 0;
+  for (; at + 256 <= bytes; at += 256)
+    for (int i = 0; i < 4; ++i) sums[i] += *reinterpret_cast<const Line*>(data + at + i * 64);
+  uint64_t total = 0;
+  for (const Line& line : sums)
+    for (int i = 0; i < 8; ++i) total += line[i];
+  for (; at < bytes; ++at) total += data[at];
+  return total;
+}
+
+constexpr Kernels make_kernels(const char* name) {
+  return Kernels{name,
+                 Vec::kTokens,
+                 {strip<kF32>, strip<kBf16>, strip<kInt8>, strip<kInt4>},
+                 {prepare_float, prepare_float, prepare_int8, prepare_int8},
+                 activate,
+                 dot_rows,
+                 add_rows,
+                 sum};
+}

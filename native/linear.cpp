@@ -1,0 +1,74 @@
+// A packed matrix times a few tokens, in one parallel region; output strips are shared out over threads.
+#include "blockffn.h"
+#include "dispatch.h"
+#include "strips.h"
+#include "workspace.h"
+
+namespace {
+
+using namespace blockffn;
+
+class Linear {
+ public:
+  Linear(const blockffn_matrix& matrix, int64_t num_tokens, const TokenRows& x, void* y)
+      : data_(matrix.data),
+        isa_(kernels()),
+        strips_(matrix.format, matrix.outputs, matrix.inputs, matrix.group),
+        tokens_(isa_, strips_, x, num_tokens, matrix.inputs),
+        num_tokens_(num_tokens),
+        dtype_(x.dtype),
+        y_(y),
+        runs_(strips_.count(), num_threads() * 8) {}
+
+  bool run() {
+    Workspace memory;
+    const int64_t at_sums = memory.reserve(num_tokens_ * strips_.padded_outputs() * 4);
+    const int64_t at_tokens = memory.reserve(tokens_.workspace_bytes());
+    if (!memory.allocate()) return false;
+    sums_ = memory.at<float>(at_sums);
+    tokens_.use(memory.at<uint8_t>(at_tokens));
+    tokens_.before_region();
+    run_on_threads([](void* self) { static_cast<Linear*>(self)->on_each_thread(); }, this,
+                   threads_for(strips_.total_bytes()));
+    return true;
+  }
+
+ private:
+  void on_each_thread() {
+    tokens_.in_region();
+    for (int64_t run; (run = tasks_.take()) < runs_.count();) compute(runs_.begin(run), runs_.end(run));
+  }
+
+  void compute(int64_t first, int64_t last) {
+    const int64_t stride = strips_.padded_outputs();
+    for (int64_t strip = first; strip < last; ++strip)
+      multiply_strip(
+          isa_, strips_, data_ + strip * strips_.bytes, num_tokens_, false,
+          [&](int64_t t) { return tokens_.row(t); },
+          [&](int64_t t) { return sums_ + t * stride + strip * kStrip; });
+    const int64_t begin = first * kStrip;
+    const int64_t end = last * kStrip < strips_.outputs ? last * kStrip : strips_.outputs;
+    for (int64_t t = 0; t < num_tokens_; ++t)
+      store_row(dtype_, y_, t * strips_.outputs + begin, sums_ + t * stride + begin, end - begin);
+  }
+
+  const uint8_t* const data_;
+  const Kernels& isa_;
+  const Strips strips_;
+  PreparedTokens tokens_;
+  const int64_t num_tokens_;
+  const int32_t dtype_;
+  void* const y_;
+  const Runs runs_;
+  float* sums_ = nullptr;  // [tokens][padded outputs]
+  Counter tasks_;
+};
+
+}  // namespace
+
+extern "C" int32_t blockffn_linear(const blockffn_matrix* matrix, int64_t num_tokens, int32_t dtype, const void* x,
+                                   int64_t x_stride, void* y) {
+  const bool known = matrix->format >= kF32 && matrix->format <= kInt4 && (dtype == kF32 || dtype == kBf16);
+  if (!known || num_tokens < 0) return BLOCKFFN_BAD_ARGUMENT;
+  return Linear(*matrix, num_tokens, TokenRows{dtype, x, x_stride}, y).run() ? BLOCKFFN_OK : BLOCKFFN_NO_MEMORY;
+}

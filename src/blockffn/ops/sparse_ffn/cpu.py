@@ -1,0 +1,151 @@
+"""The sparse FFN on the CPU: native kernels over plain or packed experts.
+
+A token's result does not depend on the other tokens of the call nor on the number of threads: both ops are
+batch-invariant. They compute in float32 (packed int8 and int4: integer products within a group) and are not
+differentiable.
+"""
+
+from __future__ import annotations
+
+import functools
+from ctypes import pointer
+
+import torch
+from torch import Tensor
+
+from blockffn.ops import native
+from blockffn.ops.native import DTYPES, FORMATS
+from blockffn.ops.quantization import PackedExperts
+from blockffn.ops.registration import define
+
+
+def refuses_plain(
+    x_TD: Tensor,
+    up_proj_EFD: Tensor,
+    down_proj_EFD: Tensor,
+    weights_TE: Tensor,
+    *,
+    gate_proj_EFD: Tensor | None = None,
+) -> str | None:
+    """Why the native kernels cannot take these plain tensors, or `None`."""
+    tensors = [x_TD, up_proj_EFD, down_proj_EFD, weights_TE, *([] if gate_proj_EFD is None else [gate_proj_EFD])]
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return "it needs tensors on the CPU"
+    projections = [tensor for tensor in (up_proj_EFD, down_proj_EFD, gate_proj_EFD) if tensor is not None]
+    if x_TD.dtype not in DTYPES or any(tensor.dtype != x_TD.dtype for tensor in projections):
+        return f"it needs x and experts of one dtype, float32 or bfloat16; got {x_TD.dtype} and {up_proj_EFD.dtype}"
+    if not all(tensor.is_contiguous() for tensor in projections):
+        return "it needs contiguous expert weights"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "it has no gradient; use backend='dense', or torch.inference_mode()"
+    return native.unavailable()
+
+
+def sparse_ffn_cpu(
+    x_TD: Tensor,
+    up_proj_EFD: Tensor,
+    down_proj_EFD: Tensor,
+    weights_TE: Tensor,
+    *,
+    gate_proj_EFD: Tensor | None = None,
+) -> Tensor:
+    """Read the active rows of plain `[E, F, D]` experts."""
+    result: Tensor = torch.ops.blockffn.sparse_ffn_plain(x_TD, up_proj_EFD, down_proj_EFD, weights_TE, gate_proj_EFD)
+    return result
+
+
+def refuses_packed(x_TD: Tensor, experts: PackedExperts, weights_TE: Tensor, threshold: float) -> str | None:
+    """Why the native kernels cannot take these packed experts, or `None`."""
+    if x_TD.device.type != "cpu" or experts.data.device.type != "cpu":
+        return "it needs tensors on the CPU"
+    if x_TD.dtype not in DTYPES:
+        return f"it needs float32 or bfloat16 tokens, got {x_TD.dtype}"
+    if torch.is_grad_enabled() and (x_TD.requires_grad or weights_TE.requires_grad):
+        return "packed experts have no gradient; use torch.inference_mode()"
+    return native.unavailable()
+
+
+def sparse_ffn_packed_cpu(x_TD: Tensor, experts: PackedExperts, weights_TE: Tensor, threshold: float) -> Tensor:
+    """Read the active experts of a packed layer."""
+    up, down = experts.up, experts.down
+    result: Tensor = torch.ops.blockffn.sparse_ffn_packed(
+        x_TD,
+        experts.data,
+        weights_TE,
+        FORMATS[up.format],
+        up.outputs,
+        experts.gated,
+        up.group_size,
+        down.group_size,
+        threshold,
+    )
+    return result
+
+
+@functools.lru_cache(maxsize=4096)
+def _describe(
+    data: int, expert_bytes: int, num_experts: int, width: int, hidden_size: int, format: int, gated: bool,
+    group_in: int, group_hidden: int,
+) -> object:  # fmt: skip
+    """The C description of packed experts; cached, because building it costs more than the call."""
+    return pointer(
+        native.Experts(data, expert_bytes, num_experts, width, hidden_size, format, gated, group_in, group_hidden)
+    )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The same matrix with each row contiguous."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def _run_packed(
+    x_TD: Tensor,
+    data: Tensor,
+    weights_TE: Tensor,
+    format: int,
+    width: int,
+    gated: bool,
+    group_in: int,
+    group_hidden: int,
+    threshold: float,
+) -> Tensor:
+    T, D = x_TD.shape
+    E, expert_bytes = data.shape
+    x_TD, weights_TE = _rows(x_TD), _rows(weights_TE.float())
+    y_TD = torch.empty((T, D), dtype=x_TD.dtype)
+    experts = _describe(data.data_ptr(), expert_bytes, E, width, D, format, gated, group_in, group_hidden)
+    status = native.function("sparse_ffn")(
+        experts, T, DTYPES[x_TD.dtype], x_TD.data_ptr(), x_TD.stride(0), weights_TE.data_ptr(), weights_TE.stride(0),
+        threshold, y_TD.data_ptr(),
+    )  # fmt: skip
+    native.check(status, "sparse_ffn")
+    return y_TD
+
+
+def _run_plain(
+    x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor, gate_proj_EFD: Tensor | None
+) -> Tensor:
+    E, width, D = up_proj_EFD.shape
+    x_TD, weights_TE = _rows(x_TD), _rows(weights_TE.float())
+    y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+    gate = None if gate_proj_EFD is None else gate_proj_EFD.data_ptr()
+    status = native.function("sparse_ffn_plain")(
+        up_proj_EFD.data_ptr(), gate, down_proj_EFD.data_ptr(), E, width, D, x_TD.shape[0], DTYPES[x_TD.dtype],
+        x_TD.data_ptr(), x_TD.stride(0), weights_TE.data_ptr(), weights_TE.stride(0), 0.0, y_TD.data_ptr(),
+    )  # fmt: skip
+    native.check(status, "sparse_ffn")
+    return y_TD
+
+
+define(
+    "sparse_ffn_packed(Tensor x_TD, Tensor experts, Tensor weights_TE, int format, int width, bool gated, "
+    "int group_in, int group_hidden, float threshold) -> Tensor",
+    {"CPU": _run_packed},
+    fake=lambda x_TD, *_: x_TD.new_empty(x_TD.shape),
+)
+define(
+    "sparse_ffn_plain(Tensor x_TD, Tensor up_proj_EFD, Tensor down_proj_EFD, Tensor weights_TE, Tensor? gate_proj_EFD) "
+    "-> Tensor",
+    {"CPU": _run_plain},
+    fake=lambda x_TD, *_: x_TD.new_empty(x_TD.shape),
+)

@@ -1,0 +1,171 @@
+"""The GPU backend: one token, a chunk of up to 64, or grouped products for more; for inference and for training.
+
+No launch synchronises with the host and every path can be captured in a CUDA graph. Triton itself is imported at the
+first call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blockffn.ops.gpu import has_dependent_launch, refuses_device
+from blockffn.ops.registration import define
+
+MAX_EXPERTS = 512
+MAX_CHUNK = 64
+MAX_AUTO_TOKENS = 32
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def refuses_triton(
+    x_TD: Tensor,
+    up_proj_EFD: Tensor,
+    down_proj_EFD: Tensor,
+    weights_TE: Tensor,
+    *,
+    gate_proj_EFD: Tensor | None = None,
+) -> str | None:
+    """Why the Triton kernels cannot take these tensors, or `None`."""
+    (E, F, D), tensors = up_proj_EFD.shape, (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
+    if gate_proj_EFD is not None:
+        return "it has no gated experts; use backend='dense'"
+    reason = refuses_device(x_TD.device)
+    if reason is not None:
+        return reason
+    if any(tensor.device != x_TD.device for tensor in tensors):
+        return f"it needs all tensors on one device, got {sorted({str(tensor.device) for tensor in tensors})}"
+    if x_TD.dtype not in DTYPES or any(proj.dtype != x_TD.dtype for proj in (up_proj_EFD, down_proj_EFD)):
+        return (
+            "it needs x and experts of one dtype, bfloat16, float16 or float32; "
+            f"got {x_TD.dtype}, {up_proj_EFD.dtype} and {down_proj_EFD.dtype}"
+        )
+    if not (up_proj_EFD.is_contiguous() and down_proj_EFD.is_contiguous()):
+        return "it needs contiguous expert weights; call .contiguous() once when they are loaded"
+    if D % 16 or F % 16:
+        return f"it needs D and F to be multiples of 16, got {D} and {F}; use backend='dense'"
+    if E > MAX_EXPERTS:
+        return f"it takes up to {MAX_EXPERTS} experts, got {E}; use backend='dense'"
+    return None
+
+
+def pays_triton(
+    x_TD: Tensor,
+    up_proj_EFD: Tensor,
+    down_proj_EFD: Tensor,
+    weights_TE: Tensor,
+    *,
+    gate_proj_EFD: Tensor | None = None,
+) -> bool:
+    """Whether `auto` takes these kernels: for inference on up to 32 tokens.
+
+    They then win while the union holds up to 60 % of the experts, which the host cannot know without waiting for the
+    GPU. More tokens and training pay only where a small share of the pairs is active; name the backend there.
+    """
+    tensors = (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
+    return x_TD.device.type == "cuda" and x_TD.shape[0] <= MAX_AUTO_TOKENS and not _needs_gradient(*tensors)
+
+
+def sparse_ffn_triton(
+    x_TD: Tensor,
+    up_proj_EFD: Tensor,
+    down_proj_EFD: Tensor,
+    weights_TE: Tensor,
+    *,
+    gate_proj_EFD: Tensor | None = None,
+) -> Tensor:
+    """The sparse FFN on the GPU; shapes as in the op's contract, differentiable in all four tensors.
+
+    Weights of inactive experts are not read; active ones are read once for a chunk of up to 64 tokens. Experts in the
+    union of a chunk must have finite weights, since their rows meet hidden values of 0 for tokens that do not use them.
+    Gradients of inactive routing weights are 0, as in the reference. Results of up to 64 tokens are bit-equal between
+    runs; beyond, and in gradients of `x`, float32 atomics leave the last bits free.
+    """
+    tensors = (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
+    if _needs_gradient(*tensors):
+        trained: Tensor = torch.ops.blockffn.sparse_ffn_grouped(*tensors)[0]
+        return trained
+    result: Tensor = torch.ops.blockffn.sparse_ffn_triton(*tensors)
+    return result
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _infer(x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor) -> Tensor:
+    from blockffn.ops.sparse_ffn.triton_grouped import grouped_forward
+    from blockffn.ops.sparse_ffn.triton_token import ffn_of_one_token
+    from blockffn.ops.sparse_ffn.triton_union import ffn_over_union
+
+    tensors = (x_TD.contiguous(), up_proj_EFD, down_proj_EFD, weights_TE.contiguous())
+    T, pdl = x_TD.shape[0], has_dependent_launch(x_TD.device)
+    if T == 0:
+        return torch.empty_like(tensors[0])
+    if T == 1:
+        return ffn_of_one_token(*tensors, pdl=pdl)
+    if T <= MAX_CHUNK:
+        return ffn_over_union(*tensors, pdl=pdl)
+    return grouped_forward(*tensors, save=False)[0]
+
+
+def _train(
+    x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from blockffn.ops.sparse_ffn.triton_grouped import grouped_forward
+
+    return grouped_forward(x_TD.contiguous(), up_proj_EFD, down_proj_EFD, weights_TE.contiguous(), save=True)
+
+
+def _train_backward(
+    dy_TD: Tensor, x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor,
+    preact: Tensor, hidden: Tensor, num_tokens_E: Tensor, tokens_ET: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from blockffn.ops.sparse_ffn.triton_grouped import grouped_backward
+
+    dy_TD, x_TD, weights_TE = dy_TD.contiguous(), x_TD.contiguous(), weights_TE.contiguous()
+    saved = (preact, hidden, num_tokens_E, tokens_ET)
+    return grouped_backward(dy_TD, x_TD, up_proj_EFD, down_proj_EFD, weights_TE, *saved)
+
+
+def _fake_train(
+    x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (T, E), F = weights_TE.shape, up_proj_EFD.shape[1]
+    pairs = x_TD.new_empty(T * E, F)
+    counts, tokens = (weights_TE.new_empty(shape, dtype=torch.int32) for shape in ((E,), (E, T)))
+    return x_TD.new_empty(x_TD.shape), pairs, torch.empty_like(pairs), counts, tokens
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output[1:])
+
+
+def _backward(ctx: Any, dy_TD: Tensor, *unused: Any) -> tuple[Tensor, ...]:
+    gradients: tuple[Tensor, ...] = torch.ops.blockffn.sparse_ffn_grouped_backward(dy_TD, *ctx.saved_tensors)
+    return gradients
+
+
+_EXPERTS = "Tensor x_TD, Tensor up_proj_EFD, Tensor down_proj_EFD, Tensor weights_TE"
+# On the CPU these run in the Triton interpreter, for tests.
+define(
+    f"sparse_ffn_triton({_EXPERTS}) -> Tensor",
+    {"CUDA": _infer, "CPU": _infer},
+    fake=lambda x_TD, up_proj_EFD, down_proj_EFD, weights_TE: x_TD.new_empty(x_TD.shape),
+)
+define(
+    f"sparse_ffn_grouped({_EXPERTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    {"CUDA": _train, "CPU": _train},
+    fake=_fake_train,
+)
+define(
+    f"sparse_ffn_grouped_backward(Tensor dy_TD, {_EXPERTS}, Tensor preact, Tensor hidden, "
+    "Tensor num_tokens_E, Tensor tokens_ET) -> (Tensor, Tensor, Tensor, Tensor)",
+    {"CUDA": _train_backward, "CPU": _train_backward},
+    fake=lambda dy_TD, x_TD, up, down, weights_TE, *saved: (
+        x_TD.new_empty(x_TD.shape), torch.empty_like(up), torch.empty_like(down), weights_TE.new_empty(weights_TE.shape)
+    ),
+)  # fmt: skip
+torch.library.register_autograd("blockffn::sparse_ffn_grouped", _backward, setup_context=_save_for_backward)
