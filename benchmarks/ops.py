@@ -303,7 +303,9 @@ def plot(results: list[Result], path: Path) -> None:
 
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def main() -> None:
@@ -341,7 +343,9 @@ def main() -> None:
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": machine, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps({"machine": machine, "results": [asdict(r) for r in results]}, indent=1) + "\n"
+        )
     if arguments.plot:
         plot(results, arguments.plot)
 

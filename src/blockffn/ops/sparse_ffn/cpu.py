@@ -82,6 +82,45 @@ def sparse_ffn_packed_cpu(x_TD: Tensor, experts: PackedExperts, weights_TE: Tens
     return result
 
 
+class PackedStep:
+    """One packed layer bound to its buffers: what a decode loop calls for every token.
+
+    Fill `x [T, D]` (float32 or bfloat16) and `weights [T, E]` (float32), call the step, read `y [T, D]`. A call costs
+    about 2 µs besides the kernel, where the checked op costs 15.
+
+    Raises:
+        ValueError: the dtype is not float32 or bfloat16, `threshold` is negative, or there are no native kernels.
+    """
+
+    def __init__(
+        self, experts: PackedExperts, num_tokens: int, *, dtype: torch.dtype = torch.bfloat16, threshold: float = 0.0
+    ) -> None:
+        if dtype not in DTYPES or not threshold >= 0 or native.unavailable() is not None:
+            problem = native.unavailable() or f"dtype {dtype} or threshold {threshold} is not supported"
+            raise ValueError(f"PackedStep: {problem}")
+        E, D = experts.num_experts, experts.hidden_size
+        self.x = torch.zeros(num_tokens, D, dtype=dtype)
+        self.weights = torch.zeros(num_tokens, E)
+        self.y = torch.zeros(num_tokens, D, dtype=dtype)
+        self._experts = experts  # keeps the memory that `_arguments` points to
+        self._function = native.function("sparse_ffn")
+        self._arguments = (
+            _describe(*_description(experts)), num_tokens, DTYPES[dtype], self.x.data_ptr(), D,
+            self.weights.data_ptr(), E, threshold, self.y.data_ptr(),
+        )  # fmt: skip
+
+    def __call__(self) -> None:
+        native.check(self._function(*self._arguments), "sparse_ffn")
+
+
+def _description(experts: PackedExperts) -> tuple[int, int, int, int, int, int, bool, int, int]:
+    data, up, down = experts.data, experts.up, experts.down
+    return (
+        data.data_ptr(), data.shape[1], data.shape[0], up.outputs, up.inputs, FORMATS[up.format], experts.gated,
+        up.group_size, down.group_size,
+    )  # fmt: skip
+
+
 @functools.lru_cache(maxsize=4096)
 def _describe(
     data: int, expert_bytes: int, num_experts: int, width: int, hidden_size: int, format: int, gated: bool,
