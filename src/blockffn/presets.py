@@ -14,9 +14,7 @@ _PAPER_MLA = {"attention_type": "mla", "q_lora_rank": 768, "kv_lora_rank": 256, 
               "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 122753}  # fmt: skip
 
 
-def _row(
-    layers: int, hidden: int, heads: int, experts: int, width: int, dense_width: int, **other: Any
-) -> dict[str, Any]:
+def _row(layers: int, hidden: int, heads: int, experts: int, width: int, dense_width: int, **other: Any) -> dict[str, Any]:
     return {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "num_experts": experts,
             "moe_intermediate_size": width, "intermediate_size": dense_width, **other}  # fmt: skip
 

@@ -198,7 +198,6 @@ class BlockFFNModel(BlockFFNPreTrainedModel):
     ) -> Any:
         and_mask = None
         if document_ids is not None:
-
             def and_mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # fmt: skip
                 return document_ids[b, q] == document_ids[b, k]
 
