@@ -23,7 +23,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -84,11 +84,15 @@ class Method:
     tolerance: float
 
 
+def copy_packed(layer: PackedExperts) -> PackedExperts:
+    return replace(layer, data=native.empty_huge(layer.data.numel()).view(layer.data.shape).copy_(layer.data))
+
+
 def packed(format: str, bits: float, tolerance: float, dtype: torch.dtype = torch.bfloat16) -> Method:
     return Method(
         storage=format,
         build=lambda up, down: pack_experts(up, down, format=format),
-        copy=lambda layer: replace(layer, data=native.empty_huge(layer.data.numel()).view(layer.data.shape).copy_(layer.data)),
+        copy=copy_packed,
         run=lambda x, layer, weights: sparse_ffn_packed(x, layer, weights, backend="cpu"),
         dtype=dtype,
         bits=bits,
@@ -308,6 +312,18 @@ def processor() -> str:
     )
 
 
+def machine() -> dict[str, str | int]:
+    """What the numbers were measured on, and when."""
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "isa": native.isa(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["1.2B", "2.5B"], choices=SHAPES)
@@ -334,18 +350,9 @@ def main() -> None:
                 print_table(rows)
                 results += rows
     if arguments.json:
-        machine = {
-            "processor": processor(),
-            "threads": torch.get_num_threads(),
-            "isa": native.isa(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(
-            json.dumps({"machine": machine, "results": [asdict(r) for r in results]}, indent=1) + "\n"
-        )
+        data = {"machine": machine(), "results": [asdict(r) for r in results]}
+        arguments.json.write_text(json.dumps(data, indent=1) + "\n")
     if arguments.plot:
         plot(results, arguments.plot)
 

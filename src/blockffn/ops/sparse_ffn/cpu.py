@@ -18,6 +18,11 @@ from blockffn.ops.native import DTYPES, FORMATS
 from blockffn.ops.quantization import PackedExperts
 from blockffn.ops.registration import define
 
+# Up to this many tokens, the share of active pairs below which the kernels beat torch's dense product, less 10 %, as
+# measured by benchmarks/ops_crossing.py (benchmarks/results). With more tokens the dense product wins by cache blocking.
+SPARSE_SHARE_LIMITS = ((32, 0.9), (64, 0.7), (512, 0.4), (4096, 0.2))
+FAST_BF16_LIMITS = ((2, 0.9), (8, 0.4), (32, 0.2))
+
 
 def refuses_plain(
     x_TD: Tensor,
@@ -39,6 +44,29 @@ def refuses_plain(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "it has no gradient; use backend='dense', or torch.inference_mode()"
     return native.unavailable()
+
+
+def pays_plain(
+    x_TD: Tensor,
+    up_proj_EFD: Tensor,
+    down_proj_EFD: Tensor,
+    weights_TE: Tensor,
+    *,
+    gate_proj_EFD: Tensor | None = None,
+) -> bool:
+    """Whether few enough (token, expert) pairs are active for the native kernels to beat the dense product."""
+    if torch.compiler.is_compiling():
+        return False  # the answer depends on data, which a traced graph cannot see
+    num_tokens = x_TD.shape[0]
+    limits = FAST_BF16_LIMITS if x_TD.dtype == torch.bfloat16 and _torch_multiplies_bf16() else SPARSE_SHARE_LIMITS
+    limit = next((share for most_tokens, share in limits if num_tokens <= most_tokens), 0.0)
+    return int(torch.count_nonzero(weights_TE)) <= limit * weights_TE.numel()
+
+
+@functools.cache
+def _torch_multiplies_bf16() -> bool:
+    """Whether the processor has bf16 products, which make the dense product several times faster."""
+    return bool(torch.cpu._is_avx512_bf16_supported()) or bool(torch.cpu._is_amx_tile_supported())
 
 
 def sparse_ffn_cpu(
