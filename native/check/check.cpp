@@ -206,8 +206,8 @@ void check_linear(int format, int64_t T, int64_t N, int64_t K) {
 
 int main() {
   if (blockffn_isa_error()) {
-    printf("%s\n", blockffn_isa_error());
-    return 1;
+    printf("not checked, %s: %s\n", getenv("BLOCKFFN_CPU_ISA"), blockffn_isa_error());
+    return 0;
   }
   blockffn_use_threads(reinterpret_cast<void*>(GOMP_parallel), reinterpret_cast<void*>(GOMP_barrier),
                        reinterpret_cast<void*>(omp_get_max_threads));

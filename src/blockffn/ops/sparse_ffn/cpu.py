@@ -18,8 +18,8 @@ from blockffn.ops.native import DTYPES, FORMATS
 from blockffn.ops.quantization import PackedExperts
 from blockffn.ops.registration import define
 
-# Up to this many tokens, the share of active pairs below which the kernels beat torch's dense product, less 10 %, as
-# measured by benchmarks/ops_crossing.py (benchmarks/results). With more tokens the dense product wins by cache blocking.
+# Up to this many tokens, the share of active pairs below which the kernels beat torch's dense product, with a margin;
+# from benchmarks/ops_crossing.py. With more tokens the dense product wins by cache blocking.
 SPARSE_SHARE_LIMITS = ((32, 0.9), (64, 0.7), (512, 0.4), (4096, 0.2))
 FAST_BF16_LIMITS = ((2, 0.9), (8, 0.4), (32, 0.2))
 
