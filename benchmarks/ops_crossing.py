@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-from ops import POOL_BYTES, SHAPES, machine
 
 from blockffn.ops.sparse_ffn import sparse_ffn
+from ops import POOL_BYTES, SHAPES, machine
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
