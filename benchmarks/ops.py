@@ -23,8 +23,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from torch.nn import functional as F
 from blockffn.ops import native
 from blockffn.ops.quantization import PackedExperts, pack_experts
 from blockffn.ops.sparse_ffn import sparse_ffn, sparse_ffn_packed
+from blockffn.ops.sparse_ffn.cpu import PackedStep
 
 POOL_BYTES = 640 << 20  # of distinct weights of a method: more than twice any cache
 FLUSH_BYTES = 512 << 20  # read before and after each timing
@@ -69,27 +71,51 @@ class Method:
         storage: name of the storage format; methods with the same one share their layers.
         build: weights `(up [E, F, D], down [E, F, D])` to the layer in this method's storage.
         copy: the same layer in fresh memory.
-        run: `(x, layer, weights) -> y`.
+        bind: `(x, layer, weights)` to a function without arguments that computes y; only that function is timed.
         bits: of a stored weight. sparse: whether only active experts are read.
         tolerance: of the relative error against the float32 reference on the weights as stored.
     """
 
     storage: str
-    build: Callable[[Tensor, Tensor], object]
-    copy: Callable[[object], object]
-    run: Callable[[Tensor, object, Tensor], Tensor]
+    build: Callable[[Tensor, Tensor], Any]
+    copy: Callable[[Any], Any]
+    bind: Callable[[Tensor, Any, Tensor], Callable[[], Tensor]]
     dtype: torch.dtype
     bits: float
     sparse: bool
     tolerance: float
 
 
-def packed(format: str, bits: float, tolerance: float, dtype: torch.dtype = torch.bfloat16) -> Method:
+def copy_packed(layer: PackedExperts) -> PackedExperts:
+    return replace(layer, data=native.empty_huge(layer.data.numel()).view(layer.data.shape).copy_(layer.data))
+
+
+def call_op(x: Tensor, layer: PackedExperts, weights: Tensor) -> Callable[[], Tensor]:
+    return lambda: sparse_ffn_packed(x, layer, weights, backend="cpu")
+
+
+def call_step(x: Tensor, layer: PackedExperts, weights: Tensor) -> Callable[[], Tensor]:
+    """The native call alone, on buffers that are filled beforehand: what a decode loop does."""
+    step = PackedStep(layer, x.shape[0], dtype=x.dtype)
+    step.x.copy_(x)
+    step.weights.copy_(weights)
+
+    def run() -> Tensor:
+        step()
+        return step.y
+
+    return run
+
+
+def packed(
+    format: str, bits: float, tolerance: float, bind: Callable[..., Callable[[], Tensor]] = call_op,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Method:  # fmt: skip
     return Method(
         storage=format,
         build=lambda up, down: pack_experts(up, down, format=format),
-        copy=lambda layer: replace(layer, data=native.empty_huge(layer.data.numel()).view(layer.data.shape).copy_(layer.data)),
-        run=lambda x, layer, weights: sparse_ffn_packed(x, layer, weights, backend="cpu"),
+        copy=copy_packed,
+        bind=bind,
         dtype=dtype,
         bits=bits,
         sparse=True,
@@ -102,7 +128,7 @@ def plain(run: Callable[[Tensor, tuple[Tensor, Tensor], Tensor], Tensor], dtype:
         storage="plain",
         build=lambda up, down: (up.to(dtype), down.to(dtype)),
         copy=lambda layer: tuple(t.clone() for t in layer),
-        run=run,
+        bind=lambda x, layer, weights: lambda: run(x, layer, weights),
         dtype=dtype,
         bits=32 if dtype == torch.float32 else 16,
         sparse=sparse,
@@ -119,10 +145,13 @@ def index_select(x: Tensor, layer: tuple[Tensor, Tensor], weights: Tensor) -> Te
 
 
 METHODS: dict[str, Method] = {
+    "cpu bf16 step": packed("bf16", 16, 5e-3, call_step),
+    "cpu int8 step": packed("int8", 8.25, 2e-2, call_step),
+    "cpu int4 step": packed("int4", 4.25, 2e-2, call_step),
     "cpu bf16 packed": packed("bf16", 16, 5e-3),
     "cpu int8 packed": packed("int8", 8.25, 2e-2),
     "cpu int4 packed": packed("int4", 4.25, 2e-2),
-    "cpu f32 packed": packed("f32", 32, 1e-5, torch.float32),
+    "cpu f32 packed": packed("f32", 32, 1e-5, dtype=torch.float32),
     "cpu bf16 plain": plain(lambda x, w, s: sparse_ffn(x, *w, s, backend="cpu"), torch.bfloat16, True),
     "cpu f32 plain": plain(lambda x, w, s: sparse_ffn(x, *w, s, backend="cpu"), torch.float32, True),
     "auto bf16": plain(lambda x, w, s: sparse_ffn(x, *w, s), torch.bfloat16, True),
@@ -173,7 +202,7 @@ def error_of(method: Method, layer: object, x: Tensor, weights: Tensor) -> float
     """Against the float32 reference on the weights as the method stores them."""
     up, down = layer.unpack()[:2] if isinstance(layer, PackedExperts) else (w.float() for w in layer)  # type: ignore[attr-defined]
     reference = sparse_ffn(x.float(), up, down, weights, backend="reference")
-    return relative_error(method.run(x, layer, weights), reference)
+    return relative_error(method.bind(x, layer, weights)(), reference)
 
 
 @dataclass(frozen=True)
@@ -220,13 +249,13 @@ class Bench:
         x = torch.randn(num_tokens, self.shape.hidden_size).to(method.dtype)
         share = union_share if method.sparse else 1.0
         calls = [
-            (layers[index], routing_weights(num_tokens, self.shape, self.share, union_share, experts))
+            method.bind(x, layers[index], routing_weights(num_tokens, self.shape, self.share, union_share, experts))
             for index, experts in fresh_experts(self.shape, share, len(layers))
         ][:256]
         before = read_bandwidth(self.flush)
         start = time.perf_counter()
-        for done, (layer, weights) in enumerate(calls, 1):
-            method.run(x, layer, weights)
+        for done, call in enumerate(calls, 1):
+            call()
             if time.perf_counter() - start > seconds and done >= 3:
                 break
         elapsed = time.perf_counter() - start
@@ -269,9 +298,10 @@ class Bench:
 
 def print_table(results: list[Result]) -> None:
     first = results[0]
+    bandwidth = statistics.median(r.bandwidth for r in results) / 1e9
     print(
         f"\n{first.shape} ({SHAPES[first.shape]}), {first.num_tokens} tokens, {first.share:.0%} of experts a token, "
-        f"union {first.union_share:.0%}, read bandwidth {statistics.median(r.bandwidth for r in results) / 1e9:.1f} GB/s"
+        f"union {first.union_share:.0%}, read bandwidth {bandwidth:.1f} GB/s"
     )
     print(f"{'method':<24}{'us':>9}{'best':>9}{'MB':>8}{'GB/s':>8}{'% floor':>9}{'x dense':>9}{'error':>10}")
     for r in results:
@@ -303,7 +333,21 @@ def plot(results: list[Result], path: Path) -> None:
 
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def machine() -> dict[str, str | int]:
+    """What the numbers were measured on, and when."""
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "isa": native.isa(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def main() -> None:
@@ -332,16 +376,9 @@ def main() -> None:
                 print_table(rows)
                 results += rows
     if arguments.json:
-        machine = {
-            "processor": processor(),
-            "threads": torch.get_num_threads(),
-            "isa": native.isa(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"machine": machine, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+        data = {"machine": machine(), "results": [asdict(r) for r in results]}
+        arguments.json.write_text(json.dumps(data, indent=1) + "\n")
     if arguments.plot:
         plot(results, arguments.plot)
 

@@ -8,18 +8,44 @@ namespace blockffn {
 enum Format { kF32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
 
 constexpr int kStrip = 32;     // outputs of a strip
-constexpr int kMaxTokens = 8;  // most tokens a kernel takes at once
+constexpr int kMaxTokens = 6;  // most tokens a kernel takes at once
 
-// One strip times up to `max_tokens` activation rows: outputs[m][0..31] (+)= strip * rows[m].
+// Where this thread reads: memory up to `end`, and from there on at `end + jump`. Only a hint for prefetching.
+struct Reading {
+  const uint8_t* end;
+  int64_t jump;
+
+  static Reading from_to(const uint8_t* end, const uint8_t* next) { return {end, next ? next - end : 0}; }
+};
+
+// Strips that follow each other in memory times up to `max_tokens` activation rows:
+// outputs[m][32 * s .. 32 * s + 31] (+)= strip s * rows[m].
 struct StripCall {
-  const uint8_t* strip;
+  const uint8_t* strips;
+  int64_t num_strips;
   int64_t inputs;  // K, rounded up as in blockffn.h
   int64_t group;
   const uint8_t* const* rows;  // prepared by `prepare`
   float* const* outputs;
   int num_tokens;
   bool accumulate;
+  Reading reading;
 };
+
+// Weights come straight from memory: ask for them early, into the second cache and then into the first, also
+// across the end of a stretch. Hardware prefetchers stop at the end of a page, and a core that waits for sums does not
+// look far ahead by itself.
+inline void prefetch(const StripCall& call, const uint8_t* weights) {
+  constexpr int kNear = 2 << 10, kFar = 10 << 10;  // bytes
+  const uint8_t* near = weights + kNear;
+  const uint8_t* far = weights + kFar;
+  near += near >= call.reading.end ? call.reading.jump : 0;
+  far += far >= call.reading.end ? call.reading.jump : 0;
+  __builtin_prefetch(far, 0, 2);
+  __builtin_prefetch(far + 64, 0, 2);
+  __builtin_prefetch(near);
+  __builtin_prefetch(near + 64);
+}
 
 struct Kernels {
   const char* name;

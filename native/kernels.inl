@@ -9,31 +9,35 @@ using blockffn::kInt4;
 using blockffn::kInt8;
 using blockffn::Kernels;
 using blockffn::kStrip;
+using blockffn::prefetch;
 using blockffn::StripCall;
 
 constexpr int kVectors = kStrip / Vec::kLanes;
 
-// `M` tokens times `N` vectors of outputs, starting `first` outputs into the strip.
+// `M` tokens times `N` vectors of one strip; `w` is the strip, `first` the first output. Returns the end of the strip.
 template <int kFormat, int M, int N>
-inline void float_tile(const StripCall& call, int first) {
+inline const uint8_t* float_tile(const StripCall& call, const uint8_t* w, int64_t first) {
   using F = typename Vec::F;
   constexpr int kStepBytes = kStrip * 4;             // of weights, one step of K
   constexpr int kInputs = kFormat == kBf16 ? 2 : 1;  // in a step
+  const int64_t lane = first % kStrip;
   const float* x[M];
-  F sum[M][N];
+  F sum[M][N], odd_sum[M][N];  // two sums, so that additions wait less for each other
   for (int m = 0; m < M; ++m) {
     x[m] = reinterpret_cast<const float*>(call.rows[m]);
-    for (int n = 0; n < N; ++n)
+    for (int n = 0; n < N; ++n) {
       sum[m][n] = call.accumulate ? Vec::load(call.outputs[m] + first + n * Vec::kLanes) : Vec::zero();
+      odd_sum[m][n] = Vec::zero();
+    }
   }
-  const uint8_t* w = call.strip + first * 4;
   for (int64_t k = 0; k < call.inputs; k += kInputs, w += kStepBytes) {
     F even[N], odd[N];
+    prefetch(call, w);
     for (int n = 0; n < N; ++n) {
       if (kFormat == kBf16)
-        Vec::load_bf16_pairs(w + n * Vec::kLanes * 4, &even[n], &odd[n]);
+        Vec::load_bf16_pairs(w + (lane + n * Vec::kLanes) * 4, &even[n], &odd[n]);
       else
-        even[n] = Vec::load(reinterpret_cast<const float*>(w) + n * Vec::kLanes);
+        even[n] = Vec::load(reinterpret_cast<const float*>(w) + lane + n * Vec::kLanes);
     }
     for (int m = 0; m < M; ++m) {
       const F a = Vec::broadcast(x[m][k]);
@@ -42,16 +46,19 @@ inline void float_tile(const StripCall& call, int first) {
     if (kFormat == kBf16) {
       for (int m = 0; m < M; ++m) {
         const F a = Vec::broadcast(x[m][k + 1]);
-        for (int n = 0; n < N; ++n) sum[m][n] = Vec::fma(odd[n], a, sum[m][n]);
+        for (int n = 0; n < N; ++n) odd_sum[m][n] = Vec::fma(odd[n], a, odd_sum[m][n]);
       }
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) Vec::store(call.outputs[m] + first + n * Vec::kLanes, sum[m][n]);
+    for (int n = 0; n < N; ++n)
+      Vec::store(call.outputs[m] + first + n * Vec::kLanes,
+                 kFormat == kBf16 ? Vec::add(sum[m][n], odd_sum[m][n]) : sum[m][n]);
+  return w;
 }
 
 template <int kFormat, int M, int N>
-inline void integer_tile(const StripCall& call, int first) {
+inline const uint8_t* integer_tile(const StripCall& call, const uint8_t* w, int64_t first) {
   using F = typename Vec::F;
   using I = typename Vec::I;
   constexpr int kInputs = kFormat == kInt8 ? 4 : 8;  // in a step of 128 bytes
@@ -60,6 +67,7 @@ inline void integer_tile(const StripCall& call, int first) {
   const int8_t* x[M];
   const float* x_scale[M];
   const int32_t* x_sum[M];
+  const int64_t lane = first % kStrip;
   F sum[M][N];
   for (int m = 0; m < M; ++m) {
     x[m] = reinterpret_cast<const int8_t*>(call.rows[m]);
@@ -68,21 +76,36 @@ inline void integer_tile(const StripCall& call, int first) {
     for (int n = 0; n < N; ++n)
       sum[m][n] = call.accumulate ? Vec::load(call.outputs[m] + first + n * Vec::kLanes) : Vec::zero();
   }
-  const uint8_t* w = call.strip;
+  // Integer sums are exact: splitting them in two changes no result, and for few tokens it halves the waiting.
+  constexpr int kParts = M <= 2 ? 2 : 1;
   for (int64_t g = 0; g < num_groups; ++g) {
     F scale[N];
-    for (int n = 0; n < N; ++n) scale[n] = Vec::load_half(w + (first + n * Vec::kLanes) * 2);
+    for (int n = 0; n < N; ++n) scale[n] = Vec::load_half(w + (lane + n * Vec::kLanes) * 2);
     w += kStrip * 2;
-    I dot[M][N];
+    I dot[M][N], other[M][N];
     for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) dot[m][n] = Vec::broadcast_int(-kOffset * x_sum[m][g]);
+      for (int n = 0; n < N; ++n) {
+        dot[m][n] = Vec::broadcast_int(-kOffset * x_sum[m][g]);
+        other[m][n] = Vec::broadcast_int(0);
+      }
     for (int64_t k = g * call.group; k < (g + 1) * call.group; k += kInputs, w += kStrip * 4) {
       I code[N];
-      for (int n = 0; n < N; ++n) code[n] = Vec::load_codes(w + (first + n * Vec::kLanes) * 4);
+      prefetch(call, w);
+      for (int n = 0; n < N; ++n) code[n] = Vec::load_codes(w + (lane + n * Vec::kLanes) * 4);
       if (kFormat == kInt8) {
         for (int m = 0; m < M; ++m) {
           const I a = Vec::broadcast_bytes(x[m] + k);
           for (int n = 0; n < N; ++n) dot[m][n] = Vec::dot8(dot[m][n], code[n], a);
+        }
+        if (kParts == 2) {
+          k += kInputs;
+          w += kStrip * 4;
+          prefetch(call, w);
+          for (int n = 0; n < N; ++n) code[n] = Vec::load_codes(w + (lane + n * Vec::kLanes) * 4);
+          for (int m = 0; m < M; ++m) {
+            const I a = Vec::broadcast_bytes(x[m] + k);
+            for (int n = 0; n < N; ++n) other[m][n] = Vec::dot8(other[m][n], code[n], a);
+          }
         }
       } else {
         I low[N], high[N];
@@ -94,27 +117,36 @@ inline void integer_tile(const StripCall& call, int first) {
         }
         for (int m = 0; m < M; ++m) {
           const I a = Vec::broadcast_bytes(x[m] + k + 4);
-          for (int n = 0; n < N; ++n) dot[m][n] = Vec::dot4(dot[m][n], high[n], a);
+          for (int n = 0; n < N; ++n) {
+            I& part = kParts == 2 ? other[m][n] : dot[m][n];
+            part = Vec::dot4(part, high[n], a);
+          }
         }
       }
     }
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n)
-        sum[m][n] = Vec::fma(Vec::to_float(dot[m][n]), Vec::mul(scale[n], Vec::broadcast(x_scale[m][g])), sum[m][n]);
+        sum[m][n] = Vec::fma(Vec::to_float(kParts == 2 ? Vec::add_int(dot[m][n], other[m][n]) : dot[m][n]), Vec::mul(scale[n], Vec::broadcast(x_scale[m][g])), sum[m][n]);
   }
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) Vec::store(call.outputs[m] + first + n * Vec::kLanes, sum[m][n]);
+  return w;
 }
 
-// Few tokens take the whole strip in one pass; more tokens take half of it twice where registers are few.
+// Few tokens take a strip in one pass; more tokens take half of it twice where registers are few.
 template <int kFormat, int M>
 void strip_tile(const StripCall& call) {
   constexpr int kWide = M <= Vec::kWideTokens ? kVectors : kVectors / 2;
-  for (int first = 0; first < kStrip; first += kWide * Vec::kLanes) {
-    if constexpr (kFormat == kF32 || kFormat == kBf16)
-      float_tile<kFormat, M, kWide>(call, first);
-    else
-      integer_tile<kFormat, M, kWide>(call, first);
+  const uint8_t* w = call.strips;
+  for (int64_t strip = 0; strip < call.num_strips; ++strip) {
+    const uint8_t* next = w;
+    for (int lane = 0; lane < kStrip; lane += kWide * Vec::kLanes) {
+      if constexpr (kFormat == kF32 || kFormat == kBf16)
+        next = float_tile<kFormat, M, kWide>(call, w, strip * kStrip + lane);
+      else
+        next = integer_tile<kFormat, M, kWide>(call, w, strip * kStrip + lane);
+    }
+    w = next;
   }
 }
 

@@ -20,6 +20,7 @@ struct Vec {
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static F broadcast(float v) { return _mm256_set1_ps(v); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F load_half(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static F load_bf16(const uint16_t* p) {
@@ -50,6 +51,7 @@ struct Vec {
   static I add_pairs(I sum, I pairs) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
+  static I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
   static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
 };
 

@@ -10,7 +10,7 @@ struct Vec {
   using F = __m512;
   using I = __m512i;
   static constexpr int kLanes = 16;
-  static constexpr int kTokens = 8;      // 16 sums, and registers to spare for weights
+  static constexpr int kTokens = 6;      // 24 sums, and registers to spare for weights
   static constexpr int kWideTokens = 8;  // 32 outputs are two registers
   static constexpr int kOffset8 = 128;   // vpdpbusd takes the codes as they are
   static constexpr int kOffset4 = 8;
@@ -20,6 +20,7 @@ struct Vec {
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static F broadcast(float v) { return _mm512_set1_ps(v); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F load_half(const uint8_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -44,6 +45,7 @@ struct Vec {
   }
   static I dot8(I sum, I codes, I x) { return _mm512_dpbusd_epi32(sum, codes, x); }
   static I dot4(I sum, I codes, I x) { return _mm512_dpbusd_epi32(sum, codes, x); }
+  static I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
 };
 

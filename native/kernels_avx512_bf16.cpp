@@ -9,31 +9,32 @@ namespace {
 
 using blockffn::Kernels;
 using blockffn::kStrip;
+using blockffn::prefetch;
 using blockffn::StripCall;
 
 template <int M>
 void bf16_tile(const StripCall& call) {
-  const uint8_t* x[M];
-  __m512 sum[M][2];
-  for (int m = 0; m < M; ++m) {
-    x[m] = call.rows[m];
-    for (int n = 0; n < 2; ++n)
-      sum[m][n] = call.accumulate ? _mm512_loadu_ps(call.outputs[m] + n * 16) : _mm512_setzero_ps();
-  }
-  const uint8_t* w = call.strip;
-  for (int64_t k = 0; k < call.inputs; k += 2, w += kStrip * 4) {
-    const __m512bh w0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w));
-    const __m512bh w1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + 64));
-    for (int m = 0; m < M; ++m) {
-      int32_t pair;
-      __builtin_memcpy(&pair, x[m] + k * 2, 4);
-      const __m512bh a = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-      sum[m][0] = _mm512_dpbf16_ps(sum[m][0], w0, a);
-      sum[m][1] = _mm512_dpbf16_ps(sum[m][1], w1, a);
+  const uint8_t* w = call.strips;
+  for (int64_t first = 0; first < call.num_strips * kStrip; first += kStrip) {
+    __m512 sum[M][2];
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < 2; ++n)
+        sum[m][n] = call.accumulate ? _mm512_loadu_ps(call.outputs[m] + first + n * 16) : _mm512_setzero_ps();
+    for (int64_t k = 0; k < call.inputs; k += 2, w += kStrip * 4) {
+      prefetch(call, w);
+      const __m512bh w0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w));
+      const __m512bh w1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + 64));
+      for (int m = 0; m < M; ++m) {
+        int32_t pair;
+        __builtin_memcpy(&pair, call.rows[m] + k * 2, 4);
+        const __m512bh a = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+        sum[m][0] = _mm512_dpbf16_ps(sum[m][0], w0, a);
+        sum[m][1] = _mm512_dpbf16_ps(sum[m][1], w1, a);
+      }
     }
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < 2; ++n) _mm512_storeu_ps(call.outputs[m] + first + n * 16, sum[m][n]);
   }
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < 2; ++n) _mm512_storeu_ps(call.outputs[m] + n * 16, sum[m][n]);
 }
 
 void bf16_strip(const StripCall& call) {
@@ -44,8 +45,6 @@ void bf16_strip(const StripCall& call) {
     case 4: return bf16_tile<4>(call);
     case 5: return bf16_tile<5>(call);
     case 6: return bf16_tile<6>(call);
-    case 7: return bf16_tile<7>(call);
-    case 8: return bf16_tile<8>(call);
   }
 }
 

@@ -23,6 +23,7 @@ struct Vec {
   static void store(float* p, F v) { vst1q_f32(p, v); }
   static F broadcast(float v) { return vdupq_n_f32(v); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F add(F a, F b) { return vaddq_f32(a, b); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }
   static F load_half(const uint8_t* p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
   static F load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
@@ -47,6 +48,7 @@ struct Vec {
     return vdotq_s32(sum, vreinterpretq_s8_u8(weights), vreinterpretq_s8_s32(x));
   }
   static I dot4(I sum, I codes, I x) { return vdotq_s32(sum, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(x)); }
+  static I add_int(I a, I b) { return vaddq_s32(a, b); }
   static F to_float(I v) { return vcvtq_f32_s32(v); }
 };
 

@@ -23,6 +23,7 @@ struct Vec {
   static void store(float* p, F v) { __builtin_memcpy(p, &v, 16); }
   static F broadcast(float v) { return F{v, v, v, v}; }
   static F fma(F a, F b, F c) { return a * b + c; }
+  static F add(F a, F b) { return a + b; }
   static F mul(F a, F b) { return a * b; }
   static F load_half(const uint8_t* p) {
     F v;
@@ -70,6 +71,10 @@ struct Vec {
     return sum;
   }
   static I dot4(I sum, I codes, I x) { return dot8(sum, codes, x); }
+  static I add_int(I a, I b) {
+    for (int i = 0; i < 4; ++i) a.lane[i] += b.lane[i];
+    return a;
+  }
   static F to_float(I v) {
     return F{static_cast<float>(v.lane[0]), static_cast<float>(v.lane[1]), static_cast<float>(v.lane[2]),
              static_cast<float>(v.lane[3])};

@@ -18,7 +18,7 @@ class Linear {
         num_tokens_(num_tokens),
         dtype_(x.dtype),
         y_(y),
-        runs_(strips_.count(), num_threads() * 8) {}
+        runs_(strips_.count(), num_threads(), shortest_stretch(strips_.bytes)) {}
 
   bool run() {
     Workspace memory;
@@ -36,16 +36,20 @@ class Linear {
  private:
   void on_each_thread() {
     tokens_.in_region();
-    for (int64_t run; (run = tasks_.take()) < runs_.count();) compute(runs_.begin(run), runs_.end(run));
+    for (int64_t run = tasks_.take(), next; run < runs_.count(); run = next) {
+      next = tasks_.take();  // already, so that it can be prefetched
+      compute(runs_.begin(run), runs_.end(run), next < runs_.count() ? at(runs_.begin(next)) : nullptr);
+    }
   }
 
-  void compute(int64_t first, int64_t last) {
+  const uint8_t* at(int64_t strip) const { return data_ + strip * strips_.bytes; }
+
+  void compute(int64_t first, int64_t last, const uint8_t* next) {
+    const Reading reading = Reading::from_to(at(last), next);
     const int64_t stride = strips_.padded_outputs();
-    for (int64_t strip = first; strip < last; ++strip)
-      multiply_strip(
-          isa_, strips_, data_ + strip * strips_.bytes, num_tokens_, false,
-          [&](int64_t t) { return tokens_.row(t); },
-          [&](int64_t t) { return sums_ + t * stride + strip * kStrip; });
+    multiply_strips(
+        isa_, strips_, at(first), last - first, num_tokens_, false, reading, [&](int64_t t) { return tokens_.row(t); },
+        [&](int64_t t) { return sums_ + t * stride + first * kStrip; });
     const int64_t begin = first * kStrip;
     const int64_t end = last * kStrip < strips_.outputs ? last * kStrip : strips_.outputs;
     for (int64_t t = 0; t < num_tokens_; ++t)

@@ -25,7 +25,7 @@ class SparseFfn {
         tokens_(isa_, up_, x, weights.num_tokens, experts.hidden_size),
         dtype_(x.dtype),
         y_(y),
-        runs_(down_.count(), num_threads() * 4) {}
+        runs_(down_.count(), num_threads(), shortest_stretch(down_.bytes)) {}
 
   bool run() {
     const int64_t num_pairs = count_pairs(weights_), E = weights_.num_experts, T = weights_.num_tokens;
@@ -58,24 +58,46 @@ class SparseFfn {
  private:
   void on_each_thread() {
     tokens_.in_region();
-    for (int64_t task; (task = hidden_tasks_.take()) < num_union_ * up_.count();)
-      compute_hidden(task / up_.count(), task % up_.count());
+    // Each thread takes its next piece before it computes this one, so that it can prefetch across.
+    int64_t run = output_tasks_.take();
+    for (int64_t task = hidden_tasks_.take(), next; task < num_hidden_tasks(); task = next) {
+      next = hidden_tasks_.take();
+      compute_hidden(task, next < num_hidden_tasks() ? up_strip(next) : down_run(0, run));
+    }
     wait_for_all();
-    for (int64_t run; (run = output_tasks_.take()) < runs_.count();) compute_outputs(runs_.begin(run), runs_.end(run));
+    for (int64_t next; run < runs_.count(); run = next) {
+      next = output_tasks_.take();
+      compute_outputs(run, next);
+    }
+  }
+
+  int64_t num_hidden_tasks() const { return num_union_ * up_.count(); }
+  const uint8_t* up_strip(int64_t task) const {
+    return experts_.data + union_[task / up_.count()].expert * experts_.expert_bytes + task % up_.count() * up_.bytes;
+  }
+  // Where run `run` of the down matrix of the union's expert `u` starts; null past the end.
+  const uint8_t* down_run(int64_t u, int64_t run) const {
+    if (run >= runs_.count() || num_union_ == 0) return nullptr;
+    return experts_.data + union_[u].expert * experts_.expert_bytes + up_.total_bytes() * (experts_.gated ? 2 : 1) +
+           runs_.begin(run) * down_.bytes;
   }
 
   // 32 hidden values of one expert for all of its tokens. Who finishes an expert prepares its hidden rows.
-  void compute_hidden(int64_t u, int64_t strip) {
+  void compute_hidden(int64_t task, const uint8_t* next) {
+    const int64_t u = task / up_.count(), strip = task % up_.count();
     const ExpertTokens& tokens = union_[u];
-    const uint8_t* weights = experts_.data + tokens.expert * experts_.expert_bytes + strip * up_.bytes;
+    const uint8_t* weights = up_strip(task);
+    const uint8_t* gate_weights = weights + up_.total_bytes();
+    const Reading reading = Reading::from_to(weights + up_.bytes, gate_ ? gate_weights : next);
     const auto x = [&](int64_t i) { return tokens_.row(pairs_[tokens.first + i].token); };
     const auto at = [&](float* values, int64_t i) {
       return values + (tokens.first + i) * up_.padded_outputs() + strip * kStrip;
     };
-    multiply_strip(isa_, up_, weights, tokens.count, false, x, [&](int64_t i) { return at(hidden_, i); });
+    multiply_strips(isa_, up_, weights, 1, tokens.count, false, reading, x,
+                   [&](int64_t i) { return at(hidden_, i); });
     if (gate_)
-      multiply_strip(isa_, up_, weights + up_.total_bytes(), tokens.count, false, x,
-                     [&](int64_t i) { return at(gate_, i); });
+      multiply_strips(isa_, up_, gate_weights, 1, tokens.count, false,
+                      Reading::from_to(gate_weights + up_.bytes, next), x, [&](int64_t i) { return at(gate_, i); });
     for (int64_t i = 0; i < tokens.count; ++i)
       isa_.activate(at(hidden_, i), gate_ ? at(gate_, i) : nullptr, pairs_[tokens.first + i].weight, kStrip);
     if (__atomic_sub_fetch(&unfinished_[u], 1, __ATOMIC_ACQ_REL) != 0) return;
@@ -84,19 +106,20 @@ class SparseFfn {
                                  hidden_rows_ + pair * down_.activation_bytes());
   }
 
-  void compute_outputs(int64_t first, int64_t last) {
+  void compute_outputs(int64_t run, int64_t next_run) {
+    const int64_t first = runs_.begin(run), last = runs_.end(run);
     const int64_t T = weights_.num_tokens, D = experts_.hidden_size, stride = down_.padded_outputs();
     for (int64_t t = 0; t < T; ++t)
       memset(sums_ + t * stride + first * kStrip, 0, static_cast<size_t>((last - first) * kStrip) * 4);
     for (int64_t u = 0; u < num_union_; ++u) {
       const ExpertTokens& tokens = union_[u];
-      const uint8_t* down =
-          experts_.data + tokens.expert * experts_.expert_bytes + up_.total_bytes() * (experts_.gated ? 2 : 1);
-      for (int64_t strip = first; strip < last; ++strip)
-        multiply_strip(
-            isa_, down_, down + strip * down_.bytes, tokens.count, true,
-            [&](int64_t i) { return hidden_rows_ + (tokens.first + i) * down_.activation_bytes(); },
-            [&](int64_t i) { return sums_ + pairs_[tokens.first + i].token * stride + strip * kStrip; });
+      const uint8_t* down = down_run(u, run);
+      const uint8_t* next = u + 1 < num_union_ ? down_run(u + 1, run) : down_run(0, next_run);
+      const Reading reading = Reading::from_to(down + (last - first) * down_.bytes, next);
+      multiply_strips(
+          isa_, down_, down, last - first, tokens.count, true, reading,
+          [&](int64_t i) { return hidden_rows_ + (tokens.first + i) * down_.activation_bytes(); },
+          [&](int64_t i) { return sums_ + pairs_[tokens.first + i].token * stride + first * kStrip; });
     }
     const int64_t begin = first * kStrip, end = last * kStrip < D ? last * kStrip : D;
     for (int64_t t = 0; t < T; ++t) store_row(dtype_, y_, t * D + begin, sums_ + t * stride + begin, end - begin);

@@ -40,7 +40,7 @@ class SparseFfnPlain {
         weights_(weights),
         x_(x),
         y_(y),
-        runs_((experts.hidden_size + kColumns - 1) / kColumns, num_threads() * 4),
+        runs_((experts.hidden_size + kColumns - 1) / kColumns, num_threads(), 2),
         tasks_per_expert_((experts.width + kRowsPerTask - 1) / kRowsPerTask) {}
 
   bool run() {

@@ -26,19 +26,23 @@ struct Strips {
   int64_t activation_bytes() const { return row_bytes(format, inputs, group); }
 };
 
-// output(i)[0..31] (+)= strip * row(i) for i in [0, count), a few rows at a time.
+// output(i)[0 .. 32 * num_strips) (+)= strips * row(i) for i in [0, count), a few rows at a time, strip after strip.
 template <typename Row, typename Output>
-void multiply_strip(const Kernels& isa, const Strips& strips, const uint8_t* strip, int64_t count, bool accumulate,
-                    Row row, Output output) {
+void multiply_strips(const Kernels& isa, const Strips& matrix, const uint8_t* strips, int64_t num_strips, int64_t count,
+                     bool accumulate, const Reading& reading, Row row, Output output) {
   const uint8_t* rows[kMaxTokens];
   float* outputs[kMaxTokens];
-  for (int64_t first = 0; first < count; first += isa.max_tokens) {
-    const int n = static_cast<int>(count - first < isa.max_tokens ? count - first : isa.max_tokens);
-    for (int i = 0; i < n; ++i) {
-      rows[i] = row(first + i);
-      outputs[i] = output(first + i);
+  const int64_t strips_at_once = count <= isa.max_tokens ? num_strips : 1;  // all rows use a strip while it is in cache
+  for (int64_t strip = 0; strip < num_strips; strip += strips_at_once) {
+    for (int64_t first = 0; first < count; first += isa.max_tokens) {
+      const int n = static_cast<int>(count - first < isa.max_tokens ? count - first : isa.max_tokens);
+      for (int i = 0; i < n; ++i) {
+        rows[i] = row(first + i);
+        outputs[i] = output(first + i) + strip * kStrip;
+      }
+      isa.strip[matrix.format](StripCall{strips + strip * matrix.bytes, strips_at_once, matrix.inputs, matrix.group, rows,
+                                         outputs, n, accumulate, reading});
     }
-    isa.strip[strips.format](StripCall{strip, strips.inputs, strips.group, rows, outputs, n, accumulate});
   }
 }
 
@@ -83,16 +87,30 @@ class PreparedTokens {
   Counter counter_;
 };
 
-// Output strips in runs, several for each thread so that a slow thread can be helped.
-struct Runs {
-  int64_t strips;
-  int64_t length;
+// Output strips in runs that threads take in turn: long ones first, so that memory is read in long stretches, and short
+// ones last, so that all threads finish together.
+class Runs {
+ public:
+  Runs(int64_t strips, int64_t threads, int64_t shortest) {
+    for (int64_t at = 0; at < strips;) {
+      const int64_t left = strips - at, share = left / (2 * threads);
+      const bool last = count_ == kMost - 1 || left < 2 * shortest;
+      at += last ? left : share > shortest ? share : shortest;
+      ends_[count_++] = at;
+    }
+  }
+  int64_t count() const { return count_; }
+  int64_t begin(int64_t run) const { return run == 0 ? 0 : ends_[run - 1]; }
+  int64_t end(int64_t run) const { return ends_[run]; }
 
-  Runs(int64_t strips, int64_t wanted) : strips(strips), length((strips + wanted - 1) / wanted) {}
-  int64_t count() const { return (strips + length - 1) / length; }
-  int64_t begin(int64_t run) const { return run * length; }
-  int64_t end(int64_t run) const { return begin(run) + length < strips ? begin(run) + length : strips; }
+ private:
+  static constexpr int64_t kMost = 512;
+  int64_t ends_[kMost];
+  int64_t count_ = 0;
 };
+
+// Strips to be read in one stretch, so that prefetching ahead stays inside it for most of the time.
+inline int64_t shortest_stretch(int64_t bytes_per_strip) { return (8 << 10) / bytes_per_strip + 1; }
 
 // Threads that are worth waking for reading this many bytes.
 inline int64_t threads_for(int64_t bytes) { return bytes / (32 << 10) + 1; }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
@@ -70,7 +71,14 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
 
 @functools.cache
 def _load() -> ctypes.CDLL | str:
-    """The library, or the reason why there is none."""
+    """The library, or the reason why there is none, which is also given as a warning."""
+    library = _open()
+    if isinstance(library, str):
+        warnings.warn(f"{library}. Until then decoding on the CPU is several times slower.", stacklevel=2)
+    return library
+
+
+def _open() -> ctypes.CDLL | str:
     advice = "install a C++ compiler (or `pip install ziglang`) and reinstall blockffn"
     if not LIBRARY.exists():
         return f"the CPU kernels are not built; {advice}"
@@ -107,9 +115,15 @@ def _share_threads(library: ctypes.CDLL) -> None:
 
 
 def unavailable() -> str | None:
-    """Why there are no native kernels and how to get them, or `None` when they are there."""
+    """Why there are no native kernels and how to get them, or `None` when they are there. Warns the first time."""
     library = _load()
     return library if isinstance(library, str) else None
+
+
+def forget() -> None:
+    """Look for the library again at the next call."""
+    _load.cache_clear()
+    function.cache_clear()
 
 
 @functools.cache

@@ -27,13 +27,13 @@ from torch import Tensor
 
 from blockffn.ops.backend import Backend, choose_backend
 from blockffn.ops.quantization import PackedExperts
-from blockffn.ops.sparse_ffn.cpu import refuses_packed, refuses_plain, sparse_ffn_cpu, sparse_ffn_packed_cpu
+from blockffn.ops.sparse_ffn.cpu import pays_plain, refuses_packed, refuses_plain, sparse_ffn_cpu, sparse_ffn_packed_cpu
 from blockffn.ops.sparse_ffn.dense import sparse_ffn_dense
 from blockffn.ops.sparse_ffn.reference import sparse_ffn_packed_reference, sparse_ffn_reference
 from blockffn.ops.sparse_ffn.triton import pays_triton, refuses_triton, sparse_ffn_triton
 
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend(sparse_ffn_cpu, refuses_plain, batch_invariant=True),
+    "cpu": Backend(sparse_ffn_cpu, refuses_plain, pays_plain, batch_invariant=True),
     "triton": Backend(sparse_ffn_triton, refuses_triton, pays_triton),
     "dense": Backend(sparse_ffn_dense),
     "reference": Backend(sparse_ffn_reference),

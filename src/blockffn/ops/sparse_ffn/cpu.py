@@ -18,6 +18,11 @@ from blockffn.ops.native import DTYPES, FORMATS
 from blockffn.ops.quantization import PackedExperts
 from blockffn.ops.registration import define
 
+# Up to this many tokens, the share of active pairs below which the kernels beat torch's dense product, with a margin;
+# from benchmarks/ops_crossing.py. With more tokens the dense product wins by cache blocking.
+SPARSE_SHARE_LIMITS = ((32, 0.9), (64, 0.7), (512, 0.4), (4096, 0.2))
+FAST_BF16_LIMITS = ((2, 0.9), (8, 0.4), (32, 0.2))
+
 
 def refuses_plain(
     x_TD: Tensor,
@@ -39,6 +44,29 @@ def refuses_plain(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "it has no gradient; use backend='dense', or torch.inference_mode()"
     return native.unavailable()
+
+
+def pays_plain(
+    x_TD: Tensor,
+    up_proj_EFD: Tensor,
+    down_proj_EFD: Tensor,
+    weights_TE: Tensor,
+    *,
+    gate_proj_EFD: Tensor | None = None,
+) -> bool:
+    """Whether few enough (token, expert) pairs are active for the native kernels to beat the dense product."""
+    if torch.compiler.is_compiling():
+        return False  # the answer depends on data, which a traced graph cannot see
+    num_tokens = x_TD.shape[0]
+    limits = FAST_BF16_LIMITS if x_TD.dtype == torch.bfloat16 and _torch_multiplies_bf16() else SPARSE_SHARE_LIMITS
+    limit = next((share for most_tokens, share in limits if num_tokens <= most_tokens), 0.0)
+    return int(torch.count_nonzero(weights_TE)) <= limit * weights_TE.numel()
+
+
+@functools.cache
+def _torch_multiplies_bf16() -> bool:
+    """Whether the processor has bf16 products, which make the dense product several times faster."""
+    return bool(torch.cpu._is_avx512_bf16_supported()) or bool(torch.cpu._is_amx_tile_supported())
 
 
 def sparse_ffn_cpu(
@@ -80,6 +108,45 @@ def sparse_ffn_packed_cpu(x_TD: Tensor, experts: PackedExperts, weights_TE: Tens
         threshold,
     )
     return result
+
+
+class PackedStep:
+    """One packed layer bound to its buffers: what a decode loop calls for every token.
+
+    Fill `x [T, D]` (float32 or bfloat16) and `weights [T, E]` (float32), call the step, read `y [T, D]`. A call costs
+    about 2 µs besides the kernel, where the checked op costs 15.
+
+    Raises:
+        ValueError: the dtype is not float32 or bfloat16, `threshold` is negative, or there are no native kernels.
+    """
+
+    def __init__(
+        self, experts: PackedExperts, num_tokens: int, *, dtype: torch.dtype = torch.bfloat16, threshold: float = 0.0
+    ) -> None:
+        if dtype not in DTYPES or not threshold >= 0 or native.unavailable() is not None:
+            problem = native.unavailable() or f"dtype {dtype} or threshold {threshold} is not supported"
+            raise ValueError(f"PackedStep: {problem}")
+        E, D = experts.num_experts, experts.hidden_size
+        self.x = torch.zeros(num_tokens, D, dtype=dtype)
+        self.weights = torch.zeros(num_tokens, E)
+        self.y = torch.zeros(num_tokens, D, dtype=dtype)
+        self._experts = experts  # keeps the memory that `_arguments` points to
+        self._function = native.function("sparse_ffn")
+        self._arguments = (
+            _describe(*_description(experts)), num_tokens, DTYPES[dtype], self.x.data_ptr(), D,
+            self.weights.data_ptr(), E, threshold, self.y.data_ptr(),
+        )  # fmt: skip
+
+    def __call__(self) -> None:
+        native.check(self._function(*self._arguments), "sparse_ffn")
+
+
+def _description(experts: PackedExperts) -> tuple[int, int, int, int, int, int, bool, int, int]:
+    data, up, down = experts.data, experts.up, experts.down
+    return (
+        data.data_ptr(), data.shape[1], data.shape[0], up.outputs, up.inputs, FORMATS[up.format], experts.gated,
+        up.group_size, down.group_size,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,0 +1,224 @@
+// Checks the kernels against plain loops without Python: for sanitizers, and for processors that are emulated.
+// Prints one line for each case and returns 1 if any is wrong. Every output buffer is filled with NaN beforehand.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <vector>
+
+#include "../blockffn.h"
+#include "../kernels.h"
+#include "../tokens.h"
+
+extern "C" {  // of the OpenMP library
+void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
+void GOMP_barrier(void);
+int omp_get_max_threads(void);
+}
+
+namespace {
+
+using blockffn::kStrip;
+using Floats = std::vector<float>;
+
+uint32_t state = 1;
+float uniform() {  // in [-1, 1)
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(static_cast<int32_t>(state)) / 2147483648.0f;
+}
+Floats random_floats(int64_t count) {
+  Floats values(static_cast<size_t>(count));
+  for (float& value : values) value = uniform();
+  return values;
+}
+
+uint16_t float_to_half(float value) {  // scales are normal numbers; truncation is fine, the stored value counts
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>((bits >> 16 & 0x8000) | ((((bits >> 23) & 255) - 112) << 10) | (bits >> 13 & 1023));
+}
+float half_to_float(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half & 0x8000) << 16 | ((half >> 10 & 31) + 112u) << 23 | (half & 1023u) << 13;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Packs a matrix [outputs][inputs] as blockffn.h says, and replaces it by the values that were stored.
+std::vector<uint8_t> pack(int format, int64_t group, int64_t outputs, int64_t inputs, Floats& matrix) {
+  const int64_t K = blockffn::padded_inputs(format, inputs, group), strips = (outputs + kStrip - 1) / kStrip;
+  const int64_t bytes = blockffn::strip_bytes(format, K, group);
+  std::vector<uint8_t> packed(static_cast<size_t>(strips * bytes));
+  for (int64_t n = 0; n < strips * kStrip; ++n) {
+    uint8_t* strip = packed.data() + n / kStrip * bytes;
+    const int64_t lane = n % kStrip;
+    const auto get = [&](int64_t k) { return n < outputs && k < inputs ? matrix[n * inputs + k] : 0.0f; };
+    const auto set = [&](int64_t k, float value) {
+      if (n < outputs && k < inputs) matrix[n * inputs + k] = value;
+    };
+    if (format == blockffn::kF32) {
+      for (int64_t k = 0; k < K; ++k) reinterpret_cast<float*>(strip)[k * kStrip + lane] = get(k);
+      continue;
+    }
+    if (format == blockffn::kBf16) {
+      for (int64_t k = 0; k < K; ++k) {
+        const uint16_t bits = blockffn::float_to_bf16(get(k));
+        reinterpret_cast<uint16_t*>(strip)[(k / 2 * kStrip + lane) * 2 + k % 2] = bits;
+        set(k, blockffn::bf16_to_float(bits));
+      }
+      continue;
+    }
+    const bool is_int8 = format == blockffn::kInt8;
+    const int64_t group_bytes = kStrip * 2 + (is_int8 ? kStrip * group : kStrip * group / 2);
+    for (int64_t g = 0; g < K / group; ++g) {
+      uint8_t* block = strip + g * group_bytes;
+      float largest = 1e-3f;
+      for (int64_t k = g * group; k < (g + 1) * group; ++k) largest = fmaxf(largest, fabsf(get(k)));
+      const uint16_t half = float_to_half(largest / (is_int8 ? 126 : 6.9f));
+      memcpy(block + lane * 2, &half, 2);
+      for (int64_t k = 0; k < group; ++k) {
+        const int most = is_int8 ? 127 : 7, offset = is_int8 ? 128 : 8;
+        const float steps = roundf(get(g * group + k) / half_to_float(half));
+        const int code = static_cast<int>(fminf(fmaxf(steps, static_cast<float>(-most)), static_cast<float>(most)));
+        set(g * group + k, static_cast<float>(code) * half_to_float(half));
+        const uint8_t byte = static_cast<uint8_t>(code + offset);
+        if (is_int8) {
+          block[kStrip * 2 + (k / 4 * kStrip + lane) * 4 + k % 4] = byte;
+        } else {
+          uint8_t& pair = block[kStrip * 2 + (k / 8 * kStrip + lane) * 4 + k % 4];
+          pair = static_cast<uint8_t>(k % 8 < 4 ? byte : pair | byte << 4);
+        }
+      }
+    }
+  }
+  return packed;
+}
+
+void append(std::vector<uint8_t>& to, const std::vector<uint8_t>& from) { to.insert(to.end(), from.begin(), from.end()); }
+
+struct Experts {
+  int64_t E, F, D;
+  bool gated;
+  Floats up, gate, down;  // [E][F][D]
+};
+
+Floats reference(const Experts& experts, const Floats& x, const Floats& weights, float threshold) {
+  const int64_t E = experts.E, F = experts.F, D = experts.D, T = static_cast<int64_t>(x.size()) / D;
+  Floats y(x.size());
+  std::vector<double> sum(static_cast<size_t>(D));
+  for (int64_t t = 0; t < T; ++t) {
+    for (double& value : sum) value = 0;
+    for (int64_t e = 0; e < E; ++e) {
+      const float weight = weights[t * E + e];
+      if (fabsf(weight) <= threshold) continue;
+      for (int64_t f = 0; f < F; ++f) {
+        double up = 0, gate = 0;
+        for (int64_t d = 0; d < D; ++d) {
+          up += double(experts.up[(e * F + f) * D + d]) * x[t * D + d];
+          if (experts.gated) gate += double(experts.gate[(e * F + f) * D + d]) * x[t * D + d];
+        }
+        const double hidden = experts.gated ? gate / (1 + exp(-gate)) * up : up / (1 + exp(-up));
+        for (int64_t d = 0; d < D; ++d) sum[d] += weight * hidden * experts.down[(e * F + f) * D + d];
+      }
+    }
+    for (int64_t d = 0; d < D; ++d) y[t * D + d] = static_cast<float>(sum[d]);
+  }
+  return y;
+}
+
+double relative_error(const Floats& y, const Floats& wanted) {
+  double error = 0, size = 1e-30;
+  for (size_t i = 0; i < y.size(); ++i) {
+    error += (double(y[i]) - wanted[i]) * (double(y[i]) - wanted[i]);
+    size += double(wanted[i]) * wanted[i];
+  }
+  return sqrt(error / size);  // NaN when any output is
+}
+
+int failures = 0;
+void report(const char* what, int format, int64_t tokens, int64_t F, int64_t D, double error, double tolerance) {
+  const char* names[] = {"f32", "bf16", "int8", "int4", "plain"};
+  const bool good = error <= tolerance;
+  failures += !good;
+  printf("%-5s %-10s %-5s tokens %3d  F %3d  D %3d  error %.1e\n", good ? "ok" : "WRONG", what, names[format],
+         int(tokens), int(F), int(D), error);
+}
+
+void check_ffn(int format, int64_t T, int64_t E, int64_t F, int64_t D, float active_share, bool gated) {
+  Experts experts{E, F, D, gated, random_floats(E * F * D), random_floats(E * F * D), random_floats(E * F * D)};
+  const Floats x = random_floats(T * D);
+  Floats weights = random_floats(T * E);
+  for (float& weight : weights) weight = fabsf(uniform()) < active_share ? weight : 0;
+  const float threshold = 0.05f;
+  Floats y(x.size(), NAN);
+  const auto pack_rows = [&](Floats& rows, int64_t e, int64_t group) {
+    Floats one(rows.begin() + e * F * D, rows.begin() + (e + 1) * F * D);
+    const std::vector<uint8_t> packed = pack(format, group, F, D, one);
+    memcpy(rows.data() + e * F * D, one.data(), one.size() * 4);
+    return packed;
+  };
+  if (format == 4) {
+    blockffn_sparse_ffn_plain(experts.up.data(), gated ? experts.gate.data() : nullptr, experts.down.data(), E, F, D, T, 0,
+                              x.data(), D, weights.data(), E, threshold, y.data());
+  } else {
+    const int64_t group_in = format < 2 ? 0 : 64, group_hidden = format < 2 ? 0 : F <= 32 ? 32 : 64;
+    std::vector<uint8_t> data;
+    for (int64_t e = 0; e < E; ++e) {
+      append(data, pack_rows(experts.up, e, group_in));
+      if (gated) append(data, pack_rows(experts.gate, e, group_in));
+      Floats transposed(static_cast<size_t>(F * D));
+      for (int64_t f = 0; f < F; ++f)
+        for (int64_t d = 0; d < D; ++d) transposed[d * F + f] = experts.down[(e * F + f) * D + d];
+      append(data, pack(format, group_hidden, D, F, transposed));
+      for (int64_t f = 0; f < F; ++f)
+        for (int64_t d = 0; d < D; ++d) experts.down[(e * F + f) * D + d] = transposed[d * F + f];
+    }
+    const blockffn_experts packed{data.data(), static_cast<int64_t>(data.size()) / E, E, F, D, format, gated,
+                                  static_cast<int32_t>(group_in), static_cast<int32_t>(group_hidden)};
+    blockffn_sparse_ffn(&packed, T, 0, x.data(), D, weights.data(), E, threshold, y.data());
+  }
+  // int8 and int4 round activations to eight bits; a kernel with a bf16 dot product rounds them to bf16.
+  const double tolerance = format == 2 || format == 3 ? 3e-2 : strstr(blockffn_isa(), "bf16") && format == 1 ? 1e-2 : 1e-5;
+  const double error = relative_error(y, reference(experts, x, weights, threshold));
+  report(gated ? "ffn gated" : "ffn", format, T, F, D, error, tolerance);
+}
+
+void check_linear(int format, int64_t T, int64_t N, int64_t K) {
+  const int64_t group = format < 2 ? 0 : 64;
+  Floats matrix = random_floats(N * K);
+  const std::vector<uint8_t> data = pack(format, group, N, K, matrix);
+  const Floats x = random_floats(T * K);
+  Floats y(static_cast<size_t>(T * N), NAN), wanted(y.size());
+  const blockffn_matrix packed{data.data(), N, K, format, static_cast<int32_t>(group)};
+  blockffn_linear(&packed, T, 0, x.data(), K, y.data());
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t n = 0; n < N; ++n) {
+      double sum = 0;
+      for (int64_t k = 0; k < K; ++k) sum += double(matrix[n * K + k]) * x[t * K + k];
+      wanted[t * N + n] = static_cast<float>(sum);
+    }
+  const double tolerance = format >= 2 ? 3e-2 : strstr(blockffn_isa(), "bf16") && format == 1 ? 1e-2 : 1e-5;
+  report("linear", format, T, N, K, relative_error(y, wanted), tolerance);
+}
+
+}  // namespace
+
+int main() {
+  if (blockffn_isa_error()) {
+    printf("not checked, %s: %s\n", getenv("BLOCKFFN_CPU_ISA"), blockffn_isa_error());
+    return 0;
+  }
+  blockffn_use_threads(reinterpret_cast<void*>(GOMP_parallel), reinterpret_cast<void*>(GOMP_barrier),
+                       reinterpret_cast<void*>(omp_get_max_threads));
+  printf("kernels: %s, threads: %d\n", blockffn_isa(), omp_get_max_threads());
+  for (int format = 0; format <= 4; ++format) {
+    for (int64_t T : {1, 2, 5, 7, 13}) check_ffn(format, T, 6, 40, 72, 0.5f, T == 2);
+    check_ffn(format, 3, 4, 128, 192, 0.0f, false);  // nothing is active
+    check_ffn(format, 3, 3, 8, 40, 1.0f, true);      // everything is
+    check_ffn(format, 0, 3, 8, 40, 1.0f, false);     // no token
+    if (format == 4) continue;
+    for (int64_t T : {1, 9}) check_linear(format, T, 70, 100);
+  }
+  return failures ? 1 : 0;
+}
