@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blockffn.training.checkpoint import CheckpointError, checkpoint_folders
 from blockffn.training.config import TrainSettings
-from blockffn.training.loop import read_metrics, train
+from blockffn.training.loop import DivergedError, read_metrics, train
 
 Settings = Callable[..., TrainSettings]
 
@@ -166,3 +166,12 @@ def test_the_set_point_controller_drives_the_run(tmp_path: Path, settings: Setti
     used = [r["coefficients"]["chunk_sparsification"] for r in read_metrics(tmp_path)]
     assert used[0] == pytest.approx(0.05)
     assert used[-1] > 0.05
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path: Path, settings: Settings
+) -> None:
+    chosen = settings(steps=60, checkpoint_every=1, optimizer={"learning_rate": 1e30, "gradient_clip": 1e30})
+    with pytest.raises(DivergedError, match=r"the loss is .* at step \d+; lower optimizer.learning_rate"):
+        train(chosen, tmp_path, progress=False)
+    assert checkpoint_folders(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import time
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from blockffn.data.loader import BatchLoader, iterate_split
 from blockffn.data.prepare import load_manifest
 from blockffn.data.tokenizer import load_tokenizer
+from blockffn.errors import UserFacingError
 from blockffn.evaluation.perplexity import evaluate
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.objectives import objective_counts
@@ -34,6 +36,10 @@ from blockffn.training.run_log import RunLog
 from blockffn.training.schedule import StepBudget, learning_rate_factor
 from blockffn.training.statistics import StepStatistics, routing_counts
 from blockffn.training.step import TrainingModel
+
+
+class DivergedError(UserFacingError):
+    """The loss is no longer a number; nothing is saved from then on."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ def train(
     Raises:
         ValueError: settings or data do not fit, or `run` holds a run and `resume` is false.
         CheckpointError: a checkpoint cannot be written or read.
+        DivergedError: the loss is not finite.
     """
     with open_world(device) as world:
         return _train(settings, run, world, resume=resume, progress=progress, on_step=on_step or (lambda step: None))
@@ -134,6 +141,7 @@ def _train(
             "statistics": statistics.state_dict(),
             "coefficients": {name: c.state_dict() for name, c in coefficients.items()},
         }
+        _check_finite(statistics.history[-1]["language_model"], step, settings)
         save_checkpoint(run, step, wrapped, optimizer, state, world, keep=settings.keep_checkpoints)
 
     clock = _Clock()
@@ -172,6 +180,7 @@ def _train(
                         record["heldout_loss"] = _heldout_loss(model, settings)
                 if log is not None:
                     log.write(record)
+                _check_finite(record["loss"], step, settings)
             on_step(step)
             # Processes receive a signal at different steps; they agree where they wait for each other anyway.
             agreed = world.size == 1 or step % settings.log_every == 0
@@ -189,6 +198,14 @@ def _train(
             write_checkpoint(step)
         save_model(run / "model", wrapped, model, settings, world)
     return TrainResult(run, step, interrupted, seconds_before + clock.seconds, tokens)
+
+
+def _check_finite(loss: float, step: int, settings: TrainSettings) -> None:
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the loss is {loss} at step {step}; lower optimizer.learning_rate ({settings.optimizer.learning_rate}) "
+            "and start again, or resume from an earlier checkpoint"
+        )
 
 
 def _forward_backward(
