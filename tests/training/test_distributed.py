@@ -31,18 +31,28 @@ def overrides(settings: TrainSettings) -> list[str]:
     """The settings as arguments of the command line."""
     values = to_dict(settings)
     keys = ("steps", "batch_size", "compile", "log_every", "checkpoint_every", "model", "data", "objectives",
-            "schedule", "parallel", "micro_batch_size")  # fmt: skip
+            "schedule", "precision", "evaluate_every", "optimizer", "parallel", "micro_batch_size")  # fmt: skip
     return [f"{key}={values[key]}".replace("None", "null").replace("'", '"') for key in keys]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_give_the_losses_of_one(tmp_path: Path, settings: Settings, parallel: str) -> None:
-    chosen = settings(steps=4, parallel=parallel, micro_batch_size=3)
+@pytest.mark.parametrize(
+    ("parallel", "precision", "tolerance"),
+    [("ddp", "float32", 1e-3), ("fsdp", "float32", 1e-3), ("fsdp", "bfloat16", 2e-2)],
+)
+def test_two_processes_give_the_losses_of_one(
+    tmp_path: Path, settings: Settings, parallel: str, precision: str, tolerance: float
+) -> None:
+    same = {"steps": 4, "evaluate_every": 2, "precision": precision, "optimizer": {"learning_rate": 1e-3}}
+    chosen = settings(parallel=parallel, micro_batch_size=3, **same)
     torchrun(2, *overrides(chosen), "--out", str(tmp_path / "two"), "--device", "cpu")
-    train(settings(steps=4), tmp_path / "one", progress=False, device="cpu")
+    train(settings(**same), tmp_path / "one", progress=False, device="cpu")
     two, one = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
-    for name in ("loss", "language_model_loss", "grad_norm", "tls", "cls8", "max_load"):
-        assert [r[name] for r in two] == pytest.approx([r[name] for r in one], rel=1e-3), name
+    names = ["loss", "language_model_loss", "tls"]
+    if precision == "float32":  # the steep sigmoid of activation locality turns bfloat16 roundings into other gradients
+        names += ["grad_norm", "cls8", "max_load"]
+    for name in names:
+        assert [r[name] for r in two] == pytest.approx([r[name] for r in one], rel=tolerance), name
+    assert two[3]["heldout_loss"] == pytest.approx(one[3]["heldout_loss"], rel=tolerance)
     assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
 
 

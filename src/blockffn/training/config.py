@@ -7,6 +7,7 @@ from typing import Any
 
 from blockffn.presets import METHODS, RECIPES, SIZES, did_you_mean
 from blockffn.settings import from_dict, merge
+from blockffn.training.coefficients import make_coefficient
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,15 @@ class TrainSettings:
         ):
             if value is not None and not least <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least {least:g}, got {value}")
+        from blockffn.objectives import OBJECTIVES
+
+        for name, spec in self.objectives.terms.items():
+            if name not in OBJECTIVES:
+                raise ValueError(f"unknown objective {name!r} in objectives.terms{did_you_mean(name, OBJECTIVES)}")
+            try:
+                make_coefficient(spec)
+            except ValueError as error:
+                raise ValueError(f"objectives.terms.{name}: {error}") from error
         uses_chunks = "chunk_sparsification" in self.objectives.terms
         length, chunk = self.data.sequence_length, self.objectives.chunk_length
         if uses_chunks and length % chunk:
