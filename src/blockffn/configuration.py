@@ -96,8 +96,9 @@ class BlockFFNConfig(PreTrainedConfig):
         _check_choice("router_type", self.router_type, ROUTER_TYPES)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts",
                      "moe_intermediate_size", "intermediate_size"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.num_key_value_heads is not None and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "

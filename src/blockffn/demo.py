@@ -44,6 +44,9 @@ def run_demo(
     from blockffn.training.loop import train
 
     begin = time.perf_counter()
+    for key in ("size", "method"):
+        if key in (changes or {}):
+            raise ValueError(f"the demo decides {key} itself; to choose it, use blockffn train")
     _make_room(out)
     vocab_size = 2048
     if (out / "data" / "manifest.json").is_file():
@@ -66,6 +69,8 @@ def run_demo(
         result = train(settings, run, progress=progress)
         if result.interrupted:
             raise KeyboardInterrupt
+        if result.step < settings.steps:
+            say(f"stopped after {result.step} of {settings.steps} steps to stay within five minutes")
         evaluation = evaluate_run(run, max_rows=settings.evaluate_rows * 8)
         (run / "evaluation.json").write_text(json.dumps(evaluation.to_dict(), indent=1))
         if method == "dense":
@@ -120,5 +125,6 @@ def _median_rate(run: Path) -> float:
     """Tokens a second of training; the first line, in which the model compiles, does not count."""
     from blockffn.training.loop import read_metrics
 
-    rates = sorted(record["tokens_per_second"] for record in read_metrics(run)[1:])
+    records = read_metrics(run)
+    rates = sorted(record["tokens_per_second"] for record in records[1:] or records)
     return rates[len(rates) // 2]

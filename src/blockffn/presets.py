@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from blockffn.configuration import BlockFFNConfig
 
 _PAPER_MLA = {"attention_type": "mla", "q_lora_rank": 768, "kv_lora_rank": 256, "qk_nope_head_dim": 128,
@@ -95,7 +97,11 @@ def preset_config(size: str, method: str = "blockffn", **overrides: Any) -> Bloc
     for key in overrides:
         if key not in valid:
             raise ValueError(f"unknown model field {key!r}{did_you_mean(key, valid)}")
-    return BlockFFNConfig(**{**size_row, **method_row, **overrides})
+    try:
+        return BlockFFNConfig(**{**size_row, **method_row, **overrides})
+    except (StrictDataclassError, TypeError) as error:
+        reason = str(error.__cause__ or error)
+        raise ValueError(f"wrong model settings: {reason}") from error
 
 
 def did_you_mean(word: str, valid: Any) -> str:

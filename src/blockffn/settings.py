@@ -42,9 +42,25 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
     return tree
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _parse_value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML 1.1 takes 1e-3 for a string
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text!r} is not a value: {_one_line(error)}") from error
+    return _with_numbers(value)
+
+
+def _with_numbers(value: Any) -> Any:
+    """YAML 1.1 takes `1e-3` for a string; here it is a number, at any depth."""
+    if isinstance(value, dict):
+        return {key: _with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    if isinstance(value, str):
         try:
             return float(value)
         except ValueError:
@@ -108,7 +124,10 @@ def to_dict(settings: Any) -> dict[str, Any]:
 
 
 def save_yaml(settings: Any, path: Path) -> None:
-    path.write_text(yaml.safe_dump(to_dict(settings), sort_keys=False), encoding="utf-8")
+    """Write settings to `path`, whole or not at all."""
+    torn = path.with_name(path.name + ".tmp")
+    torn.write_text(yaml.safe_dump(to_dict(settings), sort_keys=False), encoding="utf-8")
+    torn.replace(path)
 
 
 def load_yaml(cls: type[T], path: Path) -> T:
@@ -116,7 +135,7 @@ def load_yaml(cls: type[T], path: Path) -> T:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, expected a mapping of settings")
     return from_dict(cls, values)

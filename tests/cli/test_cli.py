@@ -32,6 +32,8 @@ def test_every_verb_has_help(verb: str) -> None:
     (["train", "--resume", "--out", "x"], "x holds no run"),
     (["train", "--out", "x", "--data", "nowhere"], "nowhere"),
     (["train", "--out", "x", "--target-sparsity", "0.8e3"], "percentage"),
+    (["train", "--resume", "--out", "x", "--method", "dense"], "--method was decided when the run began"),
+    (["demo", "method=dense"], "the demo decides method itself"),
     (["evaluate", "nowhere"], "nowhere holds no model"),
     (["generate", "nowhere"], "nowhere holds no model"),
     (["report", "nowhere"], "nowhere"),

@@ -176,10 +176,28 @@ def test_an_unknown_preset_or_field_names_the_nearest() -> None:
 
 
 WRONG = [("attention_type", "mqa"), ("ffn_type", "swiglu"), ("router_type", "top"), ("num_experts", 0),
-         ("num_key_value_heads", 3), ("head_dim", 7)]  # fmt: skip
+         ("num_key_value_heads", 3), ("head_dim", 7), ("num_experts", -3), ("vocab_size", "abc")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG)
 def test_a_wrong_configuration_is_refused(field: str, value: object) -> None:
-    with pytest.raises(Exception, match=str(value)):
+    with pytest.raises(ValueError, match=str(value)):
         preset_config("nano", **{field: value})
+
+
+def test_weights_start_with_the_published_spread() -> None:
+    model = BlockFFNForCausalLM(preset_config("mini", num_hidden_layers=1))
+    scaled = 0.1 / (512 / 256) ** 0.5
+    layer = model.model.layers[0]
+    expected = {
+        model.model.embed_tokens.weight: 0.1,
+        model.lm_head.weight: 0.1,
+        layer.self_attn.q_b_proj.weight: scaled,
+        layer.self_attn.kv_b_proj.weight: 0.02,
+        layer.mlp.router.proj.weight: scaled,
+        layer.mlp.routed_experts.up_proj: scaled,
+        layer.mlp.routed_experts.down_proj: scaled,
+    }
+    for weight, std in expected.items():
+        assert weight.std().item() == pytest.approx(std, rel=0.03)
+    assert torch.equal(layer.mlp.router.norm.weight, torch.ones(48))

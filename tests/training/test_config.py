@@ -45,6 +45,13 @@ def test_overrides_reach_nested_settings() -> None:
     ("optimizer=3", "is a group of settings"),
     ("steps", "not of the form key=value"),
     ("precision=fp8", "precision must be one of"),
+    ("steps=[", "is not a value"),
+    ("objectives.terms.chunk_sparsificaton.value=1", "unknown objective.*did you mean 'chunk_sparsification'"),
+    ("objectives.terms.chunk_sparsification=5", "a coefficient is a group of settings"),
+    ("objectives.terms.activation_locality.value=abc", "'value' of a constant coefficient must not be 'abc'"),
+    ("optimizer.learning_rate=.nan", "optimizer.learning_rate must be a finite number"),
+    ("optimizer.learning_rate=-1", "optimizer.learning_rate must be a finite number of at least 0, got -1"),
+    ("data.sequence_length=0", "data.sequence_length must be"),
 ])  # fmt: skip
 def test_a_wrong_override_is_explained(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

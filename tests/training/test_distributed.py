@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,37 +19,53 @@ pytestmark = pytest.mark.slow
 Settings = Callable[..., TrainSettings]
 
 
-def torchrun(processes: int, *arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+def train_on_two(settings: TrainSettings, out: Path) -> None:
+    """Train in two processes, from the command line."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "blockffn"]
+    command += ["train", *overrides(settings), "--out", str(out), "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    done = subprocess.run(
-        [*command, "-m", "blockffn", "train", *arguments], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
+    for attempt in (1, 2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        if done.returncode == 0:
+            return
+        # The process group's own threads abort now and then while Python shuts down, after the work is done.
+        if attempt == 2 or "(SIGABRT)" not in done.stderr:
+            pytest.fail(done.stderr)
+        shutil.rmtree(out)
 
 
 def overrides(settings: TrainSettings) -> list[str]:
     """The settings as arguments of the command line."""
     values = to_dict(settings)
     keys = ("steps", "batch_size", "compile", "log_every", "checkpoint_every", "model", "data", "objectives",
-            "schedule", "parallel", "micro_batch_size")  # fmt: skip
+            "schedule", "precision", "evaluate_every", "optimizer", "parallel", "micro_batch_size")  # fmt: skip
     return [f"{key}={values[key]}".replace("None", "null").replace("'", '"') for key in keys]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_give_the_losses_of_one(tmp_path: Path, settings: Settings, parallel: str) -> None:
-    chosen = settings(steps=4, parallel=parallel, micro_batch_size=3)
-    torchrun(2, *overrides(chosen), "--out", str(tmp_path / "two"), "--device", "cpu")
-    train(settings(steps=4), tmp_path / "one", progress=False, device="cpu")
+@pytest.mark.parametrize(
+    ("parallel", "precision", "tolerance"),
+    [("ddp", "float32", 1e-3), ("fsdp", "float32", 1e-3), ("fsdp", "bfloat16", 2e-2)],
+)
+def test_two_processes_give_the_losses_of_one(
+    tmp_path: Path, settings: Settings, parallel: str, precision: str, tolerance: float
+) -> None:
+    same = {"steps": 4, "evaluate_every": 2, "precision": precision, "optimizer": {"learning_rate": 1e-3}}
+    chosen = settings(parallel=parallel, micro_batch_size=3, **same)
+    train_on_two(chosen, tmp_path / "two")
+    train(settings(**same), tmp_path / "one", progress=False, device="cpu")
     two, one = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
-    for name in ("loss", "language_model_loss", "grad_norm", "tls", "cls8", "max_load"):
-        assert [r[name] for r in two] == pytest.approx([r[name] for r in one], rel=1e-3), name
+    names = ["loss", "language_model_loss", "tls"]
+    if precision == "float32":  # the steep sigmoid of activation locality turns bfloat16 roundings into other gradients
+        names += ["grad_norm", "cls8", "max_load"]
+    for name in names:
+        assert [r[name] for r in two] == pytest.approx([r[name] for r in one], rel=tolerance), name
+    assert two[3]["heldout_loss"] == pytest.approx(one[3]["heldout_loss"], rel=tolerance)
     assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
 
 
 def test_a_run_of_two_processes_resumes_on_one(tmp_path: Path, settings: Settings) -> None:
     chosen = settings(steps=6, parallel="fsdp", checkpoint_every=3)
-    torchrun(2, *overrides(chosen), "--out", str(tmp_path / "two"), "--device", "cpu")
+    train_on_two(chosen, tmp_path / "two")
     newest = tmp_path / "two" / "checkpoints" / "step-00000006"
     for file in newest.iterdir():
         file.unlink()

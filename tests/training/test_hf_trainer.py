@@ -71,3 +71,10 @@ def test_padded_rows_with_an_attention_mask_count_only_their_tokens(tmp_path: Pa
     padded = instance.compute_loss(instance.model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
     cut = instance.compute_loss(instance.model, {"input_ids": ids[:, :8], "labels": labels[:, :8]})
     assert padded.item() == pytest.approx(cut.item(), rel=1e-5)
+
+
+def test_a_coefficient_with_state_is_refused(tmp_path: Path) -> None:
+    steered = {"chunk_sparsification": {"kind": "set_point", "initial": 0.1, "target": 80.0}}
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match="train with `blockffn train`"):
+        BlockFFNTrainer(model=tiny_model(), args=args, objectives=ObjectiveSettings(terms=steered))

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blockffn.training.checkpoint import CheckpointError, checkpoint_folders
 from blockffn.training.config import TrainSettings
-from blockffn.training.loop import read_metrics, train
+from blockffn.training.loop import DivergedError, read_metrics, train
+from blockffn.training.run_log import hold_folder
 
 Settings = Callable[..., TrainSettings]
 
@@ -149,6 +150,62 @@ def test_a_full_disk_keeps_the_previous_checkpoint(
     assert train(settings(steps=6, checkpoint_every=2), tmp_path, progress=False, resume=True).step == 6
 
 
+def test_a_disk_that_really_is_full_is_explained(tmp_path: Path, settings: Settings) -> None:
+    """No stand-in: the operating system refuses to write files beyond a size."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def shrink(step: int) -> None:
+        if step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+
+    try:
+        with pytest.raises(CheckpointError, match=r"File too large.*step-00000002 is intact"):
+            train(settings(steps=6, checkpoint_every=2), tmp_path, progress=False, on_step=shrink)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path: Path, settings: Settings) -> None:
+    train(settings(steps=2), tmp_path, progress=False)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(CheckpointError, match="does not fit this run"):
+        train(settings(steps=4, model={"num_experts": 4}), tmp_path, progress=False, resume=True)
+    extra = {"chunk_length": 8, "terms": {"l1": {"kind": "constant", "value": 0.1}}}
+    with pytest.raises(ValueError, match="objectives cannot change on resume"):
+        train(settings(steps=4, objectives=extra), tmp_path, progress=False, resume=True)
+    assert (tmp_path / "config.yaml").read_text() == before
+    assert train(settings(steps=4), tmp_path, progress=False, resume=True).step == 4
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(tmp_path: Path, settings: Settings) -> None:
+    with hold_folder(tmp_path), pytest.raises(ValueError, match="another process is training in"):
+        train(settings(steps=1), tmp_path, progress=False)
+
+
+def test_the_model_knows_the_tokens_of_the_data(tmp_path: Path, settings: Settings, data_folder: Path) -> None:
+    train(settings(steps=1), tmp_path, progress=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (
+        tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)  # fmt: skip
+
+
+def test_held_out_loss_is_logged_at_its_own_steps(tmp_path: Path, settings: Settings) -> None:
+    train(settings(steps=7, log_every=5, evaluate_every=3), tmp_path, progress=False)
+    assert [r["step"] for r in read_metrics(tmp_path) if "heldout_loss" in r] == [3, 6, 7]
+
+
+def test_a_coefficient_that_observes_nothing_is_refused_at_once(tmp_path: Path, settings: Settings) -> None:
+    term = {"kind": "set_point", "initial": 0.05, "target": 90.0, "observes": "tlss"}
+    objectives = {"chunk_length": 8, "terms": {"chunk_sparsification": term}}
+    with pytest.raises(ValueError, match="observes 'tlss'; did you mean 'tls'"):
+        train(settings(objectives=objectives), tmp_path, progress=False)
+
+
 def test_a_truncated_checkpoint_is_named(tmp_path: Path, settings: Settings) -> None:
     train(settings(steps=4, checkpoint_every=2), tmp_path, progress=False)
     newest = checkpoint_folders(tmp_path)[-1]
@@ -166,3 +223,12 @@ def test_the_set_point_controller_drives_the_run(tmp_path: Path, settings: Setti
     used = [r["coefficients"]["chunk_sparsification"] for r in read_metrics(tmp_path)]
     assert used[0] == pytest.approx(0.05)
     assert used[-1] > 0.05
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path: Path, settings: Settings
+) -> None:
+    chosen = settings(steps=60, checkpoint_every=1, optimizer={"learning_rate": 1e30, "gradient_clip": 1e30})
+    with pytest.raises(DivergedError, match=r"the loss is .* at step \d+; lower optimizer.learning_rate"):
+        train(chosen, tmp_path, progress=False)
+    assert checkpoint_folders(tmp_path)

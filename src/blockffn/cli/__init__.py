@@ -22,10 +22,13 @@ for verb in (demo, prepare, train, evaluate, generate, report, presets):
 
 
 def main() -> None:
-    """Run the command line. What a user can get wrong is one line on stderr and exit code 2, not a traceback."""
+    """Run the command line. What a user can get wrong is one line on stderr and exit code 2, not a traceback.
+
+    `BLOCKFFN_DEBUG=1` in the environment shows the traceback.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own bars say what takes time
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))
     except typer.Abort:
         sys.exit(130)
     except KeyboardInterrupt:
@@ -46,6 +49,6 @@ def _explain(error: Exception) -> int:
     from blockffn.errors import UserFacingError
 
     if isinstance(error, (ValueError, OSError, UserFacingError)):
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     raise error

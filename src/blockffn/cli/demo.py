@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from blockffn.cli.output import check_json, write_json
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +34,7 @@ def demo(
 
     from blockffn.settings import parse_overrides
 
+    check_json(json_path)
     console = Console(highlight=False)
     changes = parse_overrides(overrides or [])
 
@@ -50,9 +52,13 @@ def demo(
     console.print(Text(summary["sample"].rstrip()))
     console.print()
     shown = ("heldout_loss", "dense_heldout_loss", "perplexity", "dense_perplexity", "tls", "cls8",
-             "reuse_ratio", "tokens_per_second", "seconds")  # fmt: skip
+             "reuse_ratio", "steps", "tokens_per_second", "seconds")  # fmt: skip
     console.print(summary_table({key: summary[key] for key in shown if key in summary}))
+    console.print(
+        "TLS: experts that a token leaves idle. CLS8: experts that eight tokens in a row leave idle. "
+        "Reuse: experts that the next token uses again.",
+        style="dim",
+    )
     console.print(f"report: [bold]{summary['report']}[/]", soft_wrap=True)
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(summary, indent=1))
+    console.print(f"next: blockffn generate {out / 'blockffn'} --prompt 'import '", style="dim", soft_wrap=True)
+    write_json(json_path, summary)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from blockffn.cli.output import check_json, write_json
 
 
 def register(app: typer.Typer) -> None:
@@ -35,6 +36,7 @@ def evaluate(
     from blockffn.evaluation.run import evaluate_run
     from blockffn.reporting.tables import summary_table
 
+    check_json(json_path)
     result = evaluate_run(
         path,
         data=data,
@@ -46,8 +48,8 @@ def evaluate(
         device=device,
     )
     values = result.to_dict()
-    for target in filter(None, (json_path, path / "evaluation.json" if (path / "config.yaml").is_file() else None)):
-        target.write_text(json.dumps(values, indent=1))
+    write_json(path / "evaluation.json" if (path / "config.yaml").is_file() else None, values)
+    write_json(json_path, values)
     headline = {k: values.get(k) for k in ("heldout_loss", "perplexity", "bits_per_byte", "tls", "reuse_ratio")}
     headline["active_parameters"] = round(values["cost"]["active_parameters"])
     headline["cls8"] = values.get("cls", {}).get("8")

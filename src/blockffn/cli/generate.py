@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from blockffn.cli.output import check_json, write_json
 
 
 def register(app: typer.Typer) -> None:
@@ -37,13 +38,13 @@ def generate(
     from blockffn.evaluation.run import load_run
     from blockffn.evaluation.sample import generate_sample
 
+    check_json(json_path)
     text = sys.stdin.read() if prompt == "-" else prompt
     model, tokenizer = load_run(path, device=device)
     sample = generate_sample(
         model, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
-    if json_path is not None:
-        json_path.write_text(json.dumps(sample, indent=1))
+    write_json(json_path, sample)
     console = Console(highlight=False, soft_wrap=True)
     console.print(text, style="dim", end="", markup=False)
     console.print(sample["text"], markup=False)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from blockffn.cli.output import check_json, write_json
 
 
 def register(app: typer.Typer) -> None:
@@ -17,12 +18,14 @@ def presets(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the table as JSON to this file.")] = None,
 ) -> None:
     """List the model sizes and methods that other commands know by name."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from blockffn.metrics.cost import parameter_counts
     from blockffn.presets import METHODS, RECIPES, SIZES, preset_config
 
+    check_json(json_path)
     rows = []
     for size in SIZES:
         config, counts = preset_config(size), parameter_counts(preset_config(size))
@@ -40,21 +43,27 @@ def presets(
             "steps": recipe["steps"],
             "tokens_per_step": recipe["batch_size"] * recipe["data"]["sequence_length"],
         })  # fmt: skip
-    if json_path is not None:
-        json_path.write_text(json.dumps({"sizes": rows, "methods": sorted(METHODS)}, indent=1))
-    table = Table(title="Sizes", title_justify="left", header_style="bold")
-    headings = ("size", "non-embedding", "total", "layers", "hidden", "attention", "experts", "vocabulary", "steps",
-                "tokens/step")  # fmt: skip
+    write_json(json_path, {"sizes": rows, "methods": sorted(METHODS)})
+    table = Table(title="Sizes", title_justify="left", header_style="bold", box=SIMPLE_HEAD)
+    headings = ("size", "weights", "+ vocab", "layers", "hidden", "attention", "experts", "tokens")
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("size", "attention") else "right")
     for row in rows:
         table.add_row(
-            row["size"], f"{row['non_embedding_parameters']:,}", f"{row['total_parameters']:,}", str(row["layers"]),
+            row["size"], _short(row["non_embedding_parameters"]), _short(row["total_parameters"]), str(row["layers"]),
             str(row["hidden_size"]), row["attention"], f"{row['experts']} × {row['expert_width']}",
-            f"{row['vocab_size']:,}", f"{row['steps']:,}", f"{row['tokens_per_step']:,}",
+            _short(row["steps"] * row["tokens_per_step"]),
         )  # fmt: skip
     console = Console()
     console.print(table)
-    console.print(
-        f"Methods: {', '.join(sorted(METHODS))}.   Use: blockffn train --size nano --method blockffn --data FOLDER"
-    )
+    console.print("weights: without embeddings; + vocab: with them; experts: number × width; tokens: of the recipe.")
+    console.print(f"Methods: {', '.join(sorted(METHODS))}.")
+    console.print("Use: blockffn train --preset nano --method blockffn --data FOLDER --out FOLDER", style="dim")
+
+
+def _short(count: int) -> str:
+    """`1187830952` as `1.19 B`."""
+    for unit, name in ((10**9, "B"), (10**6, "M")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:,}"

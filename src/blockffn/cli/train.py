@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from blockffn.cli.output import check_json, write_json
 
 
 def register(app: typer.Typer) -> None:
@@ -28,8 +29,10 @@ def train(
         list[str] | None, typer.Option(help="Folder made by blockffn prepare; repeat it, with =WEIGHT, for a mixture.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run.")] = None,
-    preset: Annotated[str, typer.Option("--preset", "--size", help="Size, see blockffn presets.")] = "nano",
-    method: Annotated[str, typer.Option(help="Method, see blockffn presets.")] = "blockffn",
+    preset: Annotated[
+        str | None, typer.Option("--preset", "--size", help="Size, see blockffn presets; default nano.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Method, see blockffn presets; default blockffn.")] = None,
     target_sparsity: Annotated[
         float | None,
         typer.Option(help="Token-level sparsity to reach, in percent: a controller sets the sparsity coefficient."),
@@ -51,8 +54,13 @@ def train(
     from blockffn.training.config import TrainSettings, train_settings
 
     console = Console()
+    check_json(json_path)
     changes = parse_overrides(overrides or [])
     if resume:
+        decided = {"--data": data, "--preset": preset, "--method": method, "--target-sparsity": target_sparsity}
+        for option, value in decided.items():
+            if value is not None:
+                raise ValueError(f"{option} was decided when the run began; --resume takes it from the run's settings")
         if out is None:
             raise ValueError("--resume needs the run's folder: --out FOLDER")
         if not (out / "config.yaml").is_file():
@@ -67,7 +75,7 @@ def train(
             changes = merge({"data": {"folders": _folders(data)}}, changes)
         if target_sparsity is not None:
             changes = merge(_set_point(target_sparsity), changes)
-        settings = train_settings(preset, method, changes)
+        settings = train_settings(preset or "nano", method or "blockffn", changes)
     if show_settings:
         import yaml
 
@@ -81,10 +89,9 @@ def train(
     result = run_training(settings, out, resume=resume, device=device, progress=True)
     if os.environ.get("RANK", "0") != "0":
         return
-    if json_path is not None:
-        outcome: dict[str, Any] = {"run": str(result.run), "step": result.step, "interrupted": result.interrupted,
-                                   "seconds": result.seconds, "tokens": result.tokens}  # fmt: skip
-        json_path.write_text(json.dumps(outcome, indent=1))
+    outcome = {"run": str(result.run), "step": result.step, "interrupted": result.interrupted,
+               "seconds": result.seconds, "tokens": result.tokens}  # fmt: skip
+    write_json(json_path, outcome)
     if result.interrupted:
         console.print(f"stopped after step {result.step}; go on with: blockffn train --resume --out {out}")
         raise typer.Exit(130)

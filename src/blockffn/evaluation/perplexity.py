@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,10 @@ from blockffn.data.batch import Batch
 from blockffn.metrics.cost import cost_summary
 from blockffn.metrics.sparsity import SparsityMeter, SparsityReport
 from blockffn.models.causal_lm import BlockFFNForCausalLM
+from blockffn.routing import Routing
 
+MAX_LOGIT_BYTES = 1 << 28
+Scores = tuple[Tensor, tuple[Routing, ...]]
 WINDOWS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -66,6 +69,7 @@ def evaluate(
     token_bytes: np.ndarray | None = None,
     source_names: Sequence[str] = (),
     reference_counting: bool = False,
+    score: Callable[[Batch], Scores] | None = None,
 ) -> Evaluation:
     """Score packed batches with the model as it is; its training mode is restored afterwards.
 
@@ -74,6 +78,7 @@ def evaluate(
         token_bytes: int `[V]`, bytes of text behind each token id; gives bits per byte.
         source_names: names behind `Batch.source_ids`; gives a row per source.
         reference_counting: count sparsity as the paper's code does instead of honestly (see `SparsityMeter`).
+        score: computes the losses of a batch; default `token_losses` of the model. A sharded model brings its own.
 
     Raises:
         ValueError: there is no token to predict.
@@ -94,17 +99,10 @@ def evaluate(
     with _evaluating(model):
         for batch in batches:
             batch = batch.to(device)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-                out = model(
-                    batch.input_ids,
-                    document_ids=batch.document_ids,
-                    position_ids=batch.position_ids,
-                    output_routing=True,
-                    use_cache=False,
-                )
-            _add_losses(totals, out.logits, batch, lengths)
+            losses, routings = token_losses(model, batch, precision=precision) if score is None else score(batch)
+            _add_losses(totals, losses, batch, lengths)
             if meter is not None:
-                meter.update(out.routings, batch.document_ids, batch.source_ids if source_names else None)
+                meter.update(routings, batch.document_ids, batch.source_ids if source_names else None)
     loss, tokens, num_bytes = totals.sum(dim=0).tolist()
     if not tokens:
         raise ValueError("there is no token to predict in the held-out text; is the validation split empty?")
@@ -124,10 +122,32 @@ def evaluate(
     )
 
 
-def _add_losses(totals: Tensor, logits: Tensor, batch: Batch, lengths: Tensor | None) -> None:
+def token_losses(model: BlockFFNForCausalLM, batch: Batch, *, precision: str = "float32") -> Scores:
+    """Cross entropy of each next token, float32 `[B * (T - 1)]` (0 where there is none), and the layers' routings.
+
+    The logits of a few rows at a time are held, not those of the batch.
+    """
+    with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        out = model.model(
+            batch.input_ids,
+            document_ids=batch.document_ids,
+            position_ids=batch.position_ids,
+            output_routing=True,
+            use_cache=False,
+        )
+        hidden = model.head_input(out.last_hidden_state)[:, :-1].flatten(0, 1)
+        targets = batch.labels[:, 1:].flatten()
+        rows = max(1, MAX_LOGIT_BYTES // (4 * model.config.vocab_size))
+        losses = [
+            F.cross_entropy(model.lm_head(h).float(), t, ignore_index=-100, reduction="none")
+            for h, t in zip(hidden.split(rows), targets.split(rows))
+        ]
+    return torch.cat(losses), out.routings or ()
+
+
+def _add_losses(totals: Tensor, losses: Tensor, batch: Batch, lengths: Tensor | None) -> None:
     """Add each source's summed loss, number of targets and bytes of text to `totals [S, 3]`."""
     targets = batch.labels[:, 1:].reshape(-1)
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="none")
     counted = targets != -100
     num_bytes = torch.zeros_like(losses) if lengths is None else lengths[targets.clamp_min(0)] * counted
     rows = torch.stack([losses, counted.to(losses.dtype), num_bytes.to(losses.dtype)], dim=-1).double()

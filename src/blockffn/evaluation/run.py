@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from blockffn.data.loader import iterate_split
 from blockffn.data.prepare import load_manifest
+from blockffn.data.tokenizer import tokenizer_hash
 from blockffn.evaluation.perplexity import Evaluation, evaluate
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 
@@ -29,7 +32,7 @@ def load_run(path: Path, *, device: str | None = None) -> tuple[BlockFFNForCausa
     try:
         model = BlockFFNForCausalLM.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, StrictDataclassError, TypeError) as error:
         sizes = ", ".join(f"{f.name} {f.stat().st_size:,} bytes" for f in sorted(folder.glob("*.safetensors")))
         raise ValueError(f"{folder} is damaged: {error} ({sizes or 'no weights'}); make or copy it again") from error
     return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
@@ -51,7 +54,10 @@ def evaluate_run(
     Raises:
         ValueError: no data is known, or the model's vocabulary is smaller than the data's.
     """
-    model, _ = load_run(path, device=device)
+    for name, value in (("sequence_length", sequence_length), ("max_rows", max_rows), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    model, tokenizer = load_run(path, device=device)
     align = 1
     if (path / "config.yaml").is_file():
         from blockffn.settings import load_yaml
@@ -68,6 +74,11 @@ def evaluate_run(
         raise ValueError(
             f"{data} has a vocabulary of {manifest.vocab_size}, the model of {model.config.vocab_size}; "
             f"prepare the text with the model's tokenizer: blockffn prepare … --tokenizer {path}"
+        )
+    if manifest.tokenizer_hash != tokenizer_hash(cast(PreTrainedTokenizerFast, tokenizer)):
+        raise ValueError(
+            f"{data} was prepared with another tokenizer than that of {path}; "
+            f"prepare the text anew: blockffn prepare … --tokenizer {path}"
         )
     batches = iterate_split(
         data,

@@ -30,6 +30,10 @@ def generate_sample(
     Raises:
         ValueError: the prompt and the new tokens do not fit into the model's context.
     """
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie above 0 and at most at 1, got {top_p}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     model.eval()
     device = next(model.parameters()).device
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -43,6 +47,8 @@ def generate_sample(
     if not prompt_ids:
         raise ValueError("the prompt is empty and the tokenizer has no beginning-of-sequence token; give a prompt")
     inputs = torch.tensor([prompt_ids], device=device)
+    if not model(inputs[:, -1:], use_cache=False).logits.isfinite().all():
+        raise ValueError("the model's output is not a number: its weights are damaged or its training diverged")
     torch.manual_seed(seed)
     decoder: Any = model  # `generate` is annotated for a protocol that only transformers' own models declare
     sampling: dict[str, Any] = {"do_sample": False}

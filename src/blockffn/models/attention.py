@@ -105,6 +105,7 @@ class LatentAttention(Attention):
         self.kv_a_proj_with_mqa = nn.Linear(d, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=config.lora_norm_eps)
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, h * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.kv_b_proj.initializer_std = config.kv_b_initializer_range  # type: ignore[assignment]
         self.o_proj = nn.Linear(h * config.v_head_dim, d, bias=False)
 
     def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 
 from blockffn.configuration import BlockFFNConfig
-from blockffn.models.attention import LatentAttention, make_attention
+from blockffn.models.attention import make_attention
 from blockffn.models.experts import GatedFFN, RoutedExperts
 from blockffn.models.moe import BlockFFN
 from blockffn.models.normalization import RMSNorm
@@ -98,8 +98,9 @@ class BlockFFNPreTrainedModel(PreTrainedModel):
         base = self.config.initializer_range
         std = base / self.config.width_multiplier**0.5
         if isinstance(module, nn.Linear):
-            is_head = module.weight.shape[0] == self.config.vocab_size and module is self.get_output_embeddings()
-            init.normal_(module.weight, std=base if is_head else std)
+            # Hugging Face initialises modules that own parameters, so a layer's special case is a mark on the module.
+            own_std = getattr(module, "initializer_std", base if module is self.get_output_embeddings() else std)
+            init.normal_(module.weight, std=own_std)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=base)
         elif isinstance(module, RoutedExperts):
@@ -107,8 +108,6 @@ class BlockFFNPreTrainedModel(PreTrainedModel):
                 init.normal_(weight, std=std)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, LatentAttention):
-            init.normal_(module.kv_b_proj.weight, std=self.config.kv_b_initializer_range)
 
 
 class BlockFFNModel(BlockFFNPreTrainedModel):

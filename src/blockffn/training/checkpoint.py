@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.api as dcp_api
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
@@ -62,7 +63,7 @@ def save_checkpoint(
             for old in checkpoint_folders(run)[:-keep]:
                 shutil.rmtree(old)
         world.barrier()
-    except Exception as error:
+    except (Exception, dcp_api.CheckpointException) as error:
         with contextlib.suppress(OSError):
             shutil.rmtree(torn, ignore_errors=True)
         left = checkpoint_folders(run)
@@ -85,7 +86,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, world:
         _quiet()
         content: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
         dcp.load(content, checkpoint_id=folder, no_dist=world.size == 1)
-    except Exception as error:
+    except (Exception, dcp_api.CheckpointException) as error:
         raise CheckpointError(
             f"{folder} does not fit this run: {_reason(error)}. Resume with the run's own settings, or start anew."
         ) from error
@@ -100,8 +101,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); {_others(folder)}") from error
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {state.get('format')!r}, this version reads {FORMAT}")
+    if not isinstance(state, dict) or state.get("format") != FORMAT or "files" not in state:
+        raise CheckpointError(f"{path} is not a state of format {FORMAT}, which this version reads; {_others(folder)}")
     for name, size in state["files"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else 0
         if found != size:
@@ -120,10 +121,12 @@ def _others(folder: Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause, on one line: distributed checkpoints wrap what went wrong."""
+    """What went wrong first, on one line: distributed checkpoints wrap it, and a torn archive hides it."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}".split("\n")[0]
+    chain = [error]
+    while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(inner)
+    first = next((e for e in reversed(chain) if isinstance(e, OSError)), chain[-1])
+    return " ".join(f"{type(first).__name__}: {first}".split())

@@ -292,6 +292,8 @@ def make_coefficient(spec: Mapping[str, Any]) -> Coefficient:
     Raises:
         ValueError: no kind, an unknown kind or key (the message names the nearest), a missing key, a bad setting.
     """
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"a coefficient is a group of settings such as {{kind: constant, value: 0.1}}, got {spec!r}")
     settings = dict(spec)
     kind = settings.pop("kind", None)
     if kind not in COEFFICIENTS:
@@ -303,6 +305,9 @@ def make_coefficient(spec: Mapping[str, Any]) -> Coefficient:
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in settings:
             raise ValueError(f"a {kind} coefficient needs {key!r}")
+    for key, value in settings.items():
+        if isinstance(value, str) != (key in ("rule", "observes")) and value is not None:
+            raise ValueError(f"{key!r} of a {kind} coefficient must not be {value!r}")
     return COEFFICIENTS[kind](**settings)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from blockffn.presets import METHODS, RECIPES, SIZES, did_you_mean
 from blockffn.settings import from_dict, merge
+from blockffn.training.coefficients import make_coefficient
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,31 @@ class TrainSettings:
         for name, choices in (("precision", ("float32", "bfloat16")), ("parallel", ("ddp", "fsdp"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        for name, value, least in (
+            ("optimizer.learning_rate", self.optimizer.learning_rate, 0.0),
+            ("optimizer.router_learning_rate", self.optimizer.router_learning_rate, 0.0),
+            ("optimizer.weight_decay", self.optimizer.weight_decay, 0.0),
+            ("optimizer.gradient_clip", self.optimizer.gradient_clip, 1e-12),
+            ("schedule.warmup_steps", self.schedule.warmup_steps, 0),
+            ("schedule.final_fraction", self.schedule.final_fraction, 0.0),
+            ("data.sequence_length", self.data.sequence_length, 2),
+            ("data.align", self.data.align, 1),
+            ("max_seconds", self.max_seconds, 1e-12),
+            ("evaluate_every", self.evaluate_every, 0),
+            ("evaluate_rows", self.evaluate_rows, 1),
+            ("checkpoint_every", self.checkpoint_every, 0),
+        ):
+            if value is not None and not least <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least {least:g}, got {value}")
+        from blockffn.objectives import OBJECTIVES
+
+        for name, spec in self.objectives.terms.items():
+            if name not in OBJECTIVES:
+                raise ValueError(f"unknown objective {name!r} in objectives.terms{did_you_mean(name, OBJECTIVES)}")
+            try:
+                make_coefficient(spec)
+            except ValueError as error:
+                raise ValueError(f"objectives.terms.{name}: {error}") from error
         uses_chunks = "chunk_sparsification" in self.objectives.terms
         length, chunk = self.data.sequence_length, self.objectives.chunk_length
         if uses_chunks and length % chunk:

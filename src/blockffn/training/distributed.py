@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -51,6 +51,8 @@ def open_world(device: str | None = None) -> Iterator[World]:
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but this torch sees no CUDA device; use device 'cpu'")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {kind!r}")
     local = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" else kind)
     if local.type == "cuda":
         torch.cuda.set_device(local)
@@ -65,18 +67,22 @@ def open_world(device: str | None = None) -> Iterator[World]:
 
 
 def wrap(module: nn.Module, layers: nn.ModuleList, world: World, *, parallel: str, precision: str) -> nn.Module:
-    """`module` for training on all ranks: as it is, in DDP, or sharded layer by layer with FSDP2."""
+    """`module` (a `TrainingModel`) for training on all ranks: as it is, in DDP, or sharded by layer with FSDP2."""
     if world.size == 1:
         return module
     if parallel == "ddp":
         return DistributedDataParallel(module, device_ids=[world.device] if world.device.type == "cuda" else None)
     half = precision == "bfloat16"
+    # Inputs are not cast: the counts that divide the losses must stay exact.
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32 if half else None
+        param_dtype=torch.bfloat16 if half else None,
+        reduce_dtype=torch.float32 if half else None,
+        cast_forward_inputs=False,
     )
     for layer in layers:
         fully_shard(layer, mp_policy=policy)
     fully_shard(module, mp_policy=policy)
+    register_fsdp_forward_method(module, "score")
     return module
 
 

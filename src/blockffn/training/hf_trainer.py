@@ -17,12 +17,15 @@ class BlockFFNTrainer(Trainer):
     """`Trainer` that adds the sparsity objectives to the language-model loss.
 
     Batches hold `input_ids` and `labels`, and either `document_ids` (packed rows) or `attention_mask` (padded rows).
-    Coefficients follow their schedules by `state.global_step`; the terms are logged by name. Each micro-batch is
+    Coefficients warm up by `state.global_step`; the terms are logged by name. Each micro-batch is
     averaged over its own tokens and micro-batches equally, so equal-sized ones give the loss of the whole batch;
     `blockffn train` is exact for unequal ones, too.
 
     Args:
-        objectives: names, coefficients and constants, as in the settings of `blockffn train`.
+        objectives: names, coefficients (constant, possibly warmed up) and constants, as for `blockffn train`.
+
+    Raises:
+        ValueError: an adaptive or steered coefficient.
     """
 
     # Otherwise Trainer would not divide the loss by the accumulation steps, and every objective would be that much
@@ -34,6 +37,12 @@ class BlockFFNTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.objectives = objectives
         self.coefficients = {name: make_coefficient(spec) for name, spec in objectives.terms.items()}
+        for name, coefficient in self.coefficients.items():
+            if coefficient.interval is not None:
+                raise ValueError(
+                    f"the coefficient of {name} reacts to what it measures, and Trainer keeps no state for it; give it "
+                    "kind 'constant' here, or train with `blockffn train`"
+                )
         self._sums: dict[str, Tensor] = {}
         self._sum_steps = 0
 
@@ -52,6 +61,8 @@ class BlockFFNTrainer(Trainer):
         outputs = model(**forward, output_routing=True)
         logits = outputs.logits
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        if not model.training:  # the evaluation loss is the language model's, and the log is the training's
+            return (loss, outputs) if return_outputs else loss
         self._add("language_model_loss", loss)
         if document_ids is None:
             document_ids = torch.zeros_like(labels)

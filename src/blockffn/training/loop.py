@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -16,24 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.nn.parallel import DistributedDataParallel
 
 from blockffn.data.loader import BatchLoader, iterate_split
 from blockffn.data.prepare import load_manifest
 from blockffn.data.tokenizer import load_tokenizer
+from blockffn.errors import UserFacingError
 from blockffn.evaluation.perplexity import evaluate
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.objectives import objective_counts
-from blockffn.presets import preset_config
+from blockffn.presets import did_you_mean, preset_config
 from blockffn.settings import save_yaml
 from blockffn.training.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint
 from blockffn.training.coefficients import Coefficient, make_coefficient
 from blockffn.training.config import TrainSettings
 from blockffn.training.distributed import World, gradient_sync, open_world, wrap
 from blockffn.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
-from blockffn.training.run_log import RunLog
+from blockffn.training.run_log import RunLog, hold_folder
 from blockffn.training.schedule import StepBudget, learning_rate_factor
 from blockffn.training.statistics import StepStatistics, routing_counts
 from blockffn.training.step import TrainingModel
+
+
+class DivergedError(UserFacingError):
+    """The loss is no longer a number; nothing is saved from then on."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +75,19 @@ def train(
     Raises:
         ValueError: settings or data do not fit, or `run` holds a run and `resume` is false.
         CheckpointError: a checkpoint cannot be written or read.
+        DivergedError: the loss is not finite.
     """
-    with open_world(device) as world:
-        return _train(settings, run, world, resume=resume, progress=progress, on_step=on_step or (lambda step: None))
+    with open_world(device) as world, ExitStack() as held:
+        return _train(
+            settings, run, world, held, resume=resume, progress=progress, on_step=on_step or (lambda step: None)
+        )
 
 
 def _train(
     settings: TrainSettings,
     run: Path,
     world: World,
+    held: ExitStack,
     *,
     resume: bool,
     progress: bool,
@@ -91,9 +102,9 @@ def _train(
         raise ValueError(f"{run} holds no checkpoint to resume from; start it without resume")
     settings = with_vocabulary(settings)
     loader = make_loader(settings, world)
+    run.mkdir(parents=True, exist_ok=True)
     if world.is_main:
-        run.mkdir(parents=True, exist_ok=True)
-        save_yaml(settings, run / "config.yaml")
+        held.enter_context(hold_folder(run))
 
     torch.manual_seed(settings.seed)
     config = preset_config(settings.size, settings.method, **settings.model)
@@ -106,6 +117,7 @@ def _train(
     wrapped = wrap(module, model.model.layers, world, parallel=settings.parallel, precision=settings.precision)
     optimizer = make_optimizer(model, settings.optimizer)
     coefficients = {name: make_coefficient(spec) for name, spec in settings.objectives.terms.items()}
+    check_observations(coefficients)
     is_moe = config.ffn_type != "dense"
     names = ["language_model", *coefficients, "grad_norm", "num_targets", "num_tokens"]
     statistics = StepStatistics(
@@ -122,8 +134,16 @@ def _train(
         first_step, tokens, seconds_before = state["step"], state["tokens"], state["seconds"]
         loader.load_state_dict(state["loader"])
         statistics.load_state_dict(state["statistics"])
+        if set(state["coefficients"]) != set(coefficients):
+            raise ValueError(
+                f"{checkpoints[-1]} was written with the objectives {sorted(state['coefficients'])}, the settings name "
+                f"{sorted(coefficients)}; objectives cannot change on resume"
+            )
         for name, coefficient in coefficients.items():
             coefficient.load_state_dict(state["coefficients"][name])
+    # Only now: a resume that is refused leaves the run as it was.
+    if world.is_main:
+        save_yaml(settings, run / "config.yaml")
     log = RunLog(run, first_step=first_step, steps=settings.steps, progress=progress) if world.is_main else None
 
     def write_checkpoint(step: int) -> None:
@@ -134,6 +154,7 @@ def _train(
             "statistics": statistics.state_dict(),
             "coefficients": {name: c.state_dict() for name, c in coefficients.items()},
         }
+        _check_finite(statistics.history[-1]["language_model"], step, settings)
         save_checkpoint(run, step, wrapped, optimizer, state, world, keep=settings.keep_checkpoints)
 
     clock = _Clock()
@@ -160,18 +181,19 @@ def _train(
                 if coefficient.interval and step % coefficient.interval == 0:
                     statistics.flush()
                     coefficient.observe(step, statistics.mean(coefficient.interval))
-            if step == 1 or step % settings.log_every == 0 or step == total:
+            evaluates = settings.evaluate_every and (step % settings.evaluate_every == 0 or step == total)
+            if step == 1 or step % settings.log_every == 0 or step == total or evaluates:
                 statistics.flush()
-                logged_before = (step - 1) // settings.log_every * settings.log_every or min(step - 1, 1)
-                means = statistics.mean(step - logged_before)
+                means = statistics.mean(min(settings.log_every, step))
                 record = _log_record(step, statistics, means, coefficients, settings, factor)
                 record |= {"tokens": tokens, "seconds": seconds_before + clock.seconds}
                 record["tokens_per_second"] = clock.rate(tokens)
-                if settings.evaluate_every and (step % settings.evaluate_every == 0 or step == total):
+                if evaluates:
                     with clock.paused():
-                        record["heldout_loss"] = _heldout_loss(model, settings)
+                        record["heldout_loss"] = _heldout_loss(model, wrapped, settings)
                 if log is not None:
                     log.write(record)
+                _check_finite(record["loss"], step, settings)
             on_step(step)
             # Processes receive a signal at different steps; they agree where they wait for each other anyway.
             agreed = world.size == 1 or step % settings.log_every == 0
@@ -189,6 +211,14 @@ def _train(
             write_checkpoint(step)
         save_model(run / "model", wrapped, model, settings, world)
     return TrainResult(run, step, interrupted, seconds_before + clock.seconds, tokens)
+
+
+def _check_finite(loss: float, step: int, settings: TrainSettings) -> None:
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the loss is {loss} at step {step}; lower optimizer.learning_rate ({settings.optimizer.learning_rate}) "
+            "and start again, or resume from an earlier checkpoint"
+        )
 
 
 def _forward_backward(
@@ -269,19 +299,30 @@ def _log_record(
     return record
 
 
+def check_observations(coefficients: dict[str, Coefficient]) -> None:
+    """Raises `ValueError` for a coefficient that observes what is not measured."""
+    measured = {"tls", "cls8", "language_model", "grad_norm", *coefficients}
+    for name, coefficient in coefficients.items():
+        observed = getattr(coefficient, "observes", None)
+        if observed is not None and observed not in measured:
+            raise ValueError(f"the coefficient of {name} observes {observed!r}{did_you_mean(observed, measured)}")
+
+
 def with_vocabulary(settings: TrainSettings) -> TrainSettings:
-    """`settings` with the vocabulary size of the data, unless the user set one that is large enough.
+    """`settings` with the special tokens and the vocabulary size of the data, unless the user set a larger one.
 
     Raises:
         ValueError: no data folders, or a vocabulary smaller than the data's.
     """
     if not settings.data.folders:
         raise ValueError("no data: give a folder that `blockffn prepare` made, as data.folders or with --data")
-    needed = max(load_manifest(Path(folder)).vocab_size for folder in settings.data.folders)
+    manifests = [load_manifest(Path(folder)) for folder in settings.data.folders]
+    needed = max(manifest.vocab_size for manifest in manifests)
     chosen = settings.model.get("vocab_size", needed)
     if chosen < needed:
         raise ValueError(f"model.vocab_size is {chosen}, but the data's tokenizer has {needed} tokens")
-    return replace(settings, model={**settings.model, "vocab_size": chosen})
+    tokens = {name: getattr(manifests[0], name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return replace(settings, model={**tokens, **settings.model, "vocab_size": chosen})
 
 
 def make_loader(settings: TrainSettings, world: World) -> BatchLoader:
@@ -296,8 +337,9 @@ def make_loader(settings: TrainSettings, world: World) -> BatchLoader:
     )
 
 
-def _heldout_loss(model: BlockFFNForCausalLM, settings: TrainSettings) -> float:
-    """Cross entropy on the first rows of the validation split. Every rank computes all of it."""
+def _heldout_loss(model: BlockFFNForCausalLM, wrapped: torch.nn.Module, settings: TrainSettings) -> float:
+    """Cross entropy on some rows of the first folder's validation split. Every rank computes all of it."""
+    module: Any = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
     folder = Path(next(iter(settings.data.folders)))
     batches = iterate_split(
         folder,
@@ -307,7 +349,7 @@ def _heldout_loss(model: BlockFFNForCausalLM, settings: TrainSettings) -> float:
         align=settings.data.align,
         max_rows=settings.evaluate_rows,
     )
-    return evaluate(model, batches, precision=settings.precision).heldout_loss
+    return evaluate(model, batches, score=module.score).heldout_loss
 
 
 def save_model(

@@ -6,9 +6,14 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nothing keeps two runs apart there
+    fcntl = None  # type: ignore[assignment]
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -32,12 +37,12 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+            self._events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
         self._steps, self._lines = steps, progress and not sys.stderr.isatty()
         self._last_line = time.monotonic()
         self._bar = tqdm(
             total=steps, initial=first_step, unit="step", disable=not progress or self._lines, dynamic_ncols=True,
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            bar_format="{n_fmt}/{total_fmt} {bar}| {elapsed}<{remaining}{postfix}",
         )  # fmt: skip
 
     def _drop_after(self, step: int) -> None:
@@ -51,7 +56,9 @@ class RunLog:
             except ValueError:  # the line that was being written when the run was killed
                 break
             kept.append(line)
-        self.path.write_text("".join(kept), encoding="utf-8")
+        whole = self.path.with_suffix(".tmp")
+        whole.write_text("".join(kept), encoding="utf-8")
+        whole.replace(self.path)
 
     def step(self) -> None:
         self._bar.update()
@@ -79,6 +86,22 @@ class RunLog:
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+
+def hold_folder(run: Path) -> IO[str]:
+    """Keep other processes from training in `run` until the returned file is closed (or this process ends).
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    file = (run / ".lock").open("w")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise ValueError(f"another process is training in {run}; wait for it or choose another folder") from None
+    return file
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from blockffn.data.batch import Batch
+from blockffn.evaluation.perplexity import Scores, token_losses
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.objectives import objective_terms
 from blockffn.routing import Routing
@@ -54,6 +56,10 @@ class TrainingModel(nn.Module):
         if compile:
             for layer in model.model.layers:
                 layer.compile()
+
+    def score(self, batch: Batch) -> Scores:
+        """Losses of held-out tokens, as `evaluate` wants them; goes through a sharded model's own hooks."""
+        return token_losses(self.model, batch, precision="bfloat16" if self.autocast else "float32")
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, document_ids: Tensor, position_ids: Tensor, counts: dict[str, Tensor]

@@ -1,0 +1,22 @@
+"""Where results go: checked before the work, written after it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def check_json(path: Path | None) -> None:
+    """Make the folder of a `--json` file, so that a wrong path fails before anything is computed."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise ValueError(f"--json {path} is a folder; name a file")
+
+
+def write_json(path: Path | None, values: Any) -> None:
+    """Write `values`, if a path was given."""
+    if path is not None:
+        path.write_text(json.dumps(values, indent=1), encoding="utf-8")
