@@ -1,7 +1,7 @@
 """blockffn: sparse language models with differentiable ReLU routing.
 
-`import blockffn` registers the model with Hugging Face's `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`. Names are
-loaded when first used, so that the command line answers at once.
+`import blockffn` registers the model with Hugging Face's `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`. Names
+are loaded when first used, so that the command line answers at once.
 """
 
 from __future__ import annotations

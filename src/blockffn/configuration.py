@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
 
 ATTENTION_TYPES = ("mla", "gqa")
 FFN_TYPES = ("moe", "dense")
@@ -31,12 +32,13 @@ class BlockFFNConfig(PreTrainedConfig):
         scale_emb: factor on embeddings. scale_depth: residual branches are scaled by `scale_depth / sqrt(layers)`;
             `None` leaves them alone. dim_model_base: hidden states are divided by `hidden_size / dim_model_base` before
             the language-model head; `None` leaves them alone.
-        initializer_range: standard deviation at `dim_model_base`; matrices get it over `sqrt(hidden_size / dim_model_base)`.
+        initializer_range: standard deviation at `dim_model_base`; matrices get it over the square root of
+            `hidden_size / dim_model_base`.
         kv_b_initializer_range: standard deviation of MLA's `kv_b_proj`, which the published recipe draws unscaled.
     """
 
     model_type = "blockffn"
-    keys_to_ignore_at_inference = ["past_key_values", "routings"]
+    keys_to_ignore_at_inference = ["past_key_values", "routings"]  # noqa: RUF012
 
     vocab_size: int = 122753
     hidden_size: int = 768
@@ -118,3 +120,6 @@ class BlockFFNConfig(PreTrainedConfig):
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+AutoConfig.register(BlockFFNConfig.model_type, BlockFFNConfig, exist_ok=True)

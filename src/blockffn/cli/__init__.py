@@ -1,1 +1,51 @@
+"""The command `blockffn`. One file per verb; heavy libraries are imported when a verb runs, not before."""
 
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from blockffn.cli import demo, evaluate, generate, prepare, presets, report, train
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Sparse language models with differentiable ReLU routing: train, measure, generate.\n\n"
+    "Start with [bold]blockffn demo[/]: it trains a small model on this machine and shows what it learnt.",
+)
+for verb in (demo, prepare, train, evaluate, generate, report, presets):
+    verb.register(app)
+
+
+def main() -> None:
+    """Run the command line. What a user can get wrong is one line on stderr and exit code 2, not a traceback."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own bars say what takes time
+    try:
+        app(standalone_mode=False)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("BLOCKFFN_DEBUG"):
+            raise
+        sys.exit(_explain(error))
+
+
+def _explain(error: Exception) -> int:
+    """Print `error` for a person; returns the exit code. Errors that are ours are raised again."""
+    show = getattr(error, "show", None)  # usage errors of the command-line library know how to show themselves
+    if show is not None:
+        show()
+        return int(getattr(error, "exit_code", 2))
+    from blockffn.errors import UserFacingError
+
+    if isinstance(error, (ValueError, OSError, UserFacingError)):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    raise error

@@ -72,7 +72,8 @@ class GroupedQueryAttention(Attention):
     """Queries in `num_attention_heads` heads that share `num_key_value_heads` keys and values."""
 
     def __init__(self, config: BlockFFNConfig, layer_idx: int) -> None:
-        assert config.head_dim is not None and config.num_key_value_heads is not None
+        assert config.head_dim is not None
+        assert config.num_key_value_heads is not None
         self_groups = config.num_attention_heads // config.num_key_value_heads
         super().__init__(config, layer_idx, scaling=config.head_dim**-0.5, num_key_value_groups=self_groups)
         self.head_dim = config.head_dim

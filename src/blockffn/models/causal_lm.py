@@ -14,6 +14,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 
 from blockffn.configuration import BlockFFNConfig
 from blockffn.models.attention import LatentAttention, make_attention
@@ -198,6 +199,7 @@ class BlockFFNModel(BlockFFNPreTrainedModel):
     ) -> Any:
         and_mask = None
         if document_ids is not None:
+
             def and_mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # fmt: skip
                 return document_ids[b, q] == document_ids[b, k]
 
@@ -247,7 +249,7 @@ class BlockFFNForCausalLM(BlockFFNPreTrainedModel, GenerationMixin):
         """As `BlockFFNModel.forward`, then logits `[B, T, V]`.
 
         Args:
-            labels: `[B, T]` token ids, not shifted; -100 is ignored. Adds `loss`, the mean cross entropy of the next token.
+            labels: `[B, T]` token ids, not shifted; -100 is ignored. Adds `loss`, the mean cross entropy of tokens.
             logits_to_keep: compute logits of the last so many positions only (0: all), or of the given indices.
         """
         out = self.model(
@@ -281,7 +283,7 @@ class BlockFFNForCausalLM(BlockFFNPreTrainedModel, GenerationMixin):
 
 
 def _wants_dict(config: BlockFFNConfig, return_dict: bool | None) -> bool:
-    return config.return_dict if return_dict is None else return_dict
+    return bool(config.return_dict if return_dict is None else return_dict)
 
 
 def _positions(x: Tensor, document_ids: Tensor | None, past_key_values: Cache | None) -> Tensor:
@@ -293,3 +295,7 @@ def _positions(x: Tensor, document_ids: Tensor | None, past_key_values: Cache | 
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+AutoModel.register(BlockFFNConfig, BlockFFNModel, exist_ok=True)
+AutoModelForCausalLM.register(BlockFFNConfig, BlockFFNForCausalLM, exist_ok=True)

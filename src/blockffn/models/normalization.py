@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x²) + eps) * weight` over the last dimension; statistics in float32, result in the dtype of `x`."""
+    """`x / sqrt(mean(x²) + eps) * weight` over the last dimension, in the dtype of `x` with float32 statistics."""
 
     def __init__(self, size: int, *, eps: float) -> None:
         super().__init__()

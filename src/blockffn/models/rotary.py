@@ -30,7 +30,8 @@ class RotaryEmbedding(nn.Module):
 
     @staticmethod
     def initial_frequencies(config: BlockFFNConfig) -> tuple[Tensor, float]:
-        assert config.rope_parameters is not None and config.head_dim is not None
+        assert config.rope_parameters is not None
+        assert config.head_dim is not None
         if config.rope_parameters["rope_type"] != "default":
             return ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config)
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim

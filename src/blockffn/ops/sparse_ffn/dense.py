@@ -1,4 +1,4 @@
-"""All experts as two large matrix products: what training uses, since a large batch activates nearly every expert."""
+"""All experts as two matrix products: what training uses, since nearly every expert is active in a large batch."""
 
 from __future__ import annotations
 

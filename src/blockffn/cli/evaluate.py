@@ -1,0 +1,54 @@
+"""`blockffn evaluate`: held-out quality and sparsity of a run or a model folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command("evaluate")(evaluate)
+
+
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="Folder of a run, or of a model.", show_default=False)],
+    data: Annotated[Path | None, typer.Option(help="Prepared folder; default: the run's own.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the prepared folder.")] = "valid",
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a row; default: the run's.")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Score only the first so many rows.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows a forward pass.")] = 16,
+    reference_counting: Annotated[
+        bool, typer.Option("--reference-counting", help="Count sparsity as the paper's code does, padding included.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the result to this file, too.")] = None,
+) -> None:
+    """Measure perplexity, bits per byte, TLS, CLS by window and reuse on held-out text.
+
+    The result is also written to evaluation.json in the run's folder, where blockffn report finds it.
+    """
+    from rich.console import Console
+
+    from blockffn.evaluation.run import evaluate_run
+    from blockffn.reporting.tables import summary_table
+
+    result = evaluate_run(
+        path,
+        data=data,
+        split=split,
+        sequence_length=sequence_length,
+        max_rows=max_rows,
+        batch_size=batch_size,
+        reference_counting=reference_counting,
+        device=device,
+    )
+    values = result.to_dict()
+    for target in filter(None, (json_path, path / "evaluation.json" if (path / "config.yaml").is_file() else None)):
+        target.write_text(json.dumps(values, indent=1))
+    headline = {k: values.get(k) for k in ("heldout_loss", "perplexity", "bits_per_byte", "tls", "reuse_ratio")}
+    headline["active_parameters"] = round(values["cost"]["active_parameters"])
+    headline["cls8"] = values.get("cls", {}).get("8")
+    Console().print(summary_table({k: v for k, v in headline.items() if v is not None}))

@@ -1,0 +1,86 @@
+"""Open what `blockffn train` left: its model, tokenizer, settings and data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from blockffn.data.loader import iterate_split
+from blockffn.data.prepare import load_manifest
+from blockffn.evaluation.perplexity import Evaluation, evaluate
+from blockffn.models.causal_lm import BlockFFNForCausalLM
+
+
+def load_run(path: Path, *, device: str | None = None) -> tuple[BlockFFNForCausalLM, PreTrainedTokenizerBase]:
+    """Model (in evaluation mode) and tokenizer of a run's folder, or of a folder in Hugging Face's layout.
+
+    Raises:
+        ValueError: neither is there, or a file is damaged; the message says what was looked for and found.
+    """
+    folder = path / "model" if (path / "model" / "config.json").is_file() else path
+    if not (folder / "config.json").is_file():
+        hint = "; its training has not ended, go on with --resume" if (path / "config.yaml").is_file() else ""
+        raise ValueError(f"{path} holds no model: neither model/config.json nor config.json is there{hint}")
+    try:
+        model = BlockFFNForCausalLM.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        sizes = ", ".join(f"{f.name} {f.stat().st_size:,} bytes" for f in sorted(folder.glob("*.safetensors")))
+        raise ValueError(f"{folder} is damaged: {error} ({sizes or 'no weights'}); make or copy it again") from error
+    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+
+
+def evaluate_run(
+    path: Path,
+    *,
+    data: Path | None = None,
+    split: str = "valid",
+    sequence_length: int | None = None,
+    max_rows: int | None = None,
+    batch_size: int = 16,
+    reference_counting: bool = False,
+    device: str | None = None,
+) -> Evaluation:
+    """Evaluate the model of `path` on a split of a prepared folder; both default to the run's own.
+
+    Raises:
+        ValueError: no data is known, or the model's vocabulary is smaller than the data's.
+    """
+    model, _ = load_run(path, device=device)
+    align = 1
+    if (path / "config.yaml").is_file():
+        from blockffn.settings import load_yaml
+        from blockffn.training.config import TrainSettings
+
+        settings = load_yaml(TrainSettings, path / "config.yaml").data
+        align = settings.align
+        data = data or Path(next(iter(settings.folders)))
+        sequence_length = sequence_length or settings.sequence_length
+    if data is None:
+        raise ValueError(f"{path} is not a run, so say what text to score: --data FOLDER (made by blockffn prepare)")
+    manifest = load_manifest(data)
+    if manifest.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"{data} has a vocabulary of {manifest.vocab_size}, the model of {model.config.vocab_size}; "
+            f"prepare the text with the model's tokenizer: blockffn prepare … --tokenizer {path}"
+        )
+    batches = iterate_split(
+        data,
+        split,
+        sequence_length=sequence_length or min(model.config.max_position_embeddings, 1024),
+        batch_size=batch_size,
+        align=align,
+        max_rows=max_rows,
+    )
+    return evaluate(
+        model,
+        batches,
+        token_bytes=np.load(data / "token_bytes.npy"),
+        source_names=manifest.source_names,
+        reference_counting=reference_counting,
+    )

@@ -1,0 +1,146 @@
+"""Settings of a training run. The resolved settings are saved with the run as `config.yaml`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from blockffn.presets import METHODS, RECIPES, SIZES, did_you_mean
+from blockffn.settings import from_dict, merge
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Prepared folders (`blockffn prepare`) and how rows are made of them.
+
+    `folders` gives each a weight: `{"runs/books": 0.7, "runs/code": 0.3}`. Documents are padded to multiples of
+    `align`, so that no chunk holds two of them.
+    """
+
+    folders: dict[str, float] = field(default_factory=dict)
+    sequence_length: int = 4096
+    align: int = 64
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW. `learning_rate` is that of embeddings and norms; matrices get it over `hidden_size / dim_model_base`.
+
+    The router has its own rate (`None`: as the other matrices) and is clipped on its own, as in the published recipe.
+    """
+
+    learning_rate: float = 0.01
+    router_learning_rate: float | None = None
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    gradient_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """Warm-up, stable, decay: the last `decay_fraction` of the steps falls linearly to `final_fraction` of the peak."""
+
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    final_fraction: float = 0.1
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What is penalised beside the language-model loss.
+
+    `terms` maps the name of an objective to its coefficient, as `blockffn.training.coefficients.make_coefficient`
+    takes it: `{"activation_locality": {"kind": "constant", "value": 2e-3}}`; `null` switches one of the preset's off.
+    """
+
+    chunk_length: int = 64
+    sharpness: float = 100.0
+    terms: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that decides a run, apart from the machine it runs on.
+
+    Attributes:
+        size, method: rows of `blockffn.presets`.
+        model: overrides of the model's configuration.
+        steps: optimiser steps.
+        max_seconds: end sooner if the machine is too slow for all of them, with the schedule shortened to match; for
+            one process, and not reproducible to the step.
+        batch_size: rows a step, over all ranks.
+        micro_batch_size: rows a forward pass and rank (`None`: all of them).
+        precision: `float32`, or `bfloat16` (autocast over float32 weights).
+        compile: compile each decoder layer and the loss.
+        parallel: `ddp` or `fsdp`, when run under torchrun.
+        log_every, evaluate_every, checkpoint_every: in steps; 0 means at the end only.
+        keep_checkpoints: older ones are deleted.
+    """
+
+    size: str = "nano"
+    method: str = "blockffn"
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataSettings = field(default_factory=DataSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    objectives: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    steps: int = 1000
+    max_seconds: float | None = None
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    seed: int = 2345
+    precision: str = "float32"
+    compile: bool = True
+    gradient_checkpointing: bool = False
+    parallel: str = "ddp"
+    log_every: int = 10
+    evaluate_every: int = 0
+    evaluate_rows: int = 64
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {self.micro_batch_size}")
+        for name, choices in (("precision", ("float32", "bfloat16")), ("parallel", ("ddp", "fsdp"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        uses_chunks = "chunk_sparsification" in self.objectives.terms
+        length, chunk = self.data.sequence_length, self.objectives.chunk_length
+        if uses_chunks and length % chunk:
+            raise ValueError(
+                f"data.sequence_length ({length}) must be a multiple of objectives.chunk_length ({chunk}); "
+                f"nearest: {max(length // chunk, 1) * chunk}"
+            )
+        if not 0.0 <= self.schedule.decay_fraction <= 1.0:
+            raise ValueError(f"schedule.decay_fraction must lie in 0…1, got {self.schedule.decay_fraction}")
+
+
+def train_settings(size: str, method: str = "blockffn", changes: dict[str, Any] | None = None) -> TrainSettings:
+    """Settings of a preset: the size's recipe, the method's objectives, then `changes` (nested) on top.
+
+    Raises:
+        ValueError: unknown size, method or setting, with the nearest valid name.
+    """
+    for kind, name, table in (("size", size, SIZES), ("method", method, METHODS)):
+        if name not in table:
+            raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, table)}")
+    values = merge({"size": size, "method": method}, RECIPES[size])
+    if METHODS[method]["ffn_type"] == "dense":
+        values = merge(values, {"objectives": {"terms": {}}})
+        values["objectives"]["terms"] = {}
+    preset_terms = values["objectives"]["terms"]
+    values = merge(values, changes or {})
+    terms = values["objectives"]["terms"] if isinstance(values["objectives"], dict) else None
+    if isinstance(terms, dict):
+        changed = (changes or {}).get("objectives", {}).get("terms", {})
+        for name, spec in changed.items():
+            if isinstance(spec, dict) and spec.get("kind") != preset_terms.get(name, {}).get("kind") and "kind" in spec:
+                terms[name] = spec  # another kind of coefficient has fields of its own
+        values["objectives"] = {**values["objectives"], "terms": {k: v for k, v in terms.items() if v is not None}}
+    return from_dict(TrainSettings, values)

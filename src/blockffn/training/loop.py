@@ -1,0 +1,380 @@
+"""The training loop, from settings to a saved model, in the order in which it happens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from blockffn.data.loader import BatchLoader, iterate_split
+from blockffn.data.prepare import load_manifest
+from blockffn.data.tokenizer import load_tokenizer
+from blockffn.evaluation.perplexity import evaluate
+from blockffn.models.causal_lm import BlockFFNForCausalLM
+from blockffn.objectives import objective_counts
+from blockffn.presets import preset_config
+from blockffn.settings import save_yaml
+from blockffn.training.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint
+from blockffn.training.coefficients import Coefficient, make_coefficient
+from blockffn.training.config import TrainSettings
+from blockffn.training.distributed import World, gradient_sync, open_world, wrap
+from blockffn.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
+from blockffn.training.run_log import RunLog
+from blockffn.training.schedule import StepBudget, learning_rate_factor
+from blockffn.training.statistics import StepStatistics, routing_counts
+from blockffn.training.step import TrainingModel
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run ended. `interrupted`: a signal stopped it after a checkpoint; `resume=True` goes on from there."""
+
+    run: Path
+    step: int
+    interrupted: bool
+    seconds: float
+    tokens: int
+
+
+def train(
+    settings: TrainSettings,
+    run: Path,
+    *,
+    resume: bool = False,
+    device: str | None = None,
+    progress: bool = True,
+    on_step: Callable[[int], None] | None = None,
+) -> TrainResult:
+    """Train a model as `settings` say; everything it makes lies in the folder `run`.
+
+    `run/` holds `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and, at the end, `model/` with the
+    weights and the tokenizer in Hugging Face's layout. Ctrl-C finishes the step, writes a checkpoint and returns.
+
+    Args:
+        resume: go on from the newest checkpoint, exactly as if the run had not stopped.
+        on_step: called after each step with its number; for tests and demos.
+
+    Raises:
+        ValueError: settings or data do not fit, or `run` holds a run and `resume` is false.
+        CheckpointError: a checkpoint cannot be written or read.
+    """
+    with open_world(device) as world:
+        return _train(settings, run, world, resume=resume, progress=progress, on_step=on_step or (lambda step: None))
+
+
+def _train(
+    settings: TrainSettings,
+    run: Path,
+    world: World,
+    *,
+    resume: bool,
+    progress: bool,
+    on_step: Callable[[int], None],
+) -> TrainResult:
+    if settings.max_seconds is not None and world.size > 1:
+        raise ValueError(f"max_seconds ({settings.max_seconds}) is for one process; set steps for {world.size}")
+    checkpoints = checkpoint_folders(run)
+    if checkpoints and not resume:
+        raise ValueError(f"{run} already holds a run (step {checkpoints[-1].name}); resume it or choose another folder")
+    if resume and not checkpoints:
+        raise ValueError(f"{run} holds no checkpoint to resume from; start it without resume")
+    settings = with_vocabulary(settings)
+    loader = make_loader(settings, world)
+    if world.is_main:
+        run.mkdir(parents=True, exist_ok=True)
+        save_yaml(settings, run / "config.yaml")
+
+    torch.manual_seed(settings.seed)
+    config = preset_config(settings.size, settings.method, **settings.model)
+    model = BlockFFNForCausalLM(config)
+    model.to(device=world.device)  # type: ignore[call-arg]  # the wrapper that annotates it hides its arguments
+    model.train()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    module = TrainingModel(model, settings.objectives, precision=settings.precision, compile=settings.compile)
+    wrapped = wrap(module, model.model.layers, world, parallel=settings.parallel, precision=settings.precision)
+    optimizer = make_optimizer(model, settings.optimizer)
+    coefficients = {name: make_coefficient(spec) for name, spec in settings.objectives.terms.items()}
+    is_moe = config.ffn_type != "dense"
+    names = ["language_model", *coefficients, "grad_norm", "num_targets", "num_tokens"]
+    statistics = StepStatistics(
+        names + (["active", "active_in_windows", "num_windows"] if is_moe else []),
+        keep=max(settings.log_every, *(c.interval or 0 for c in coefficients.values()), 1),
+        num_layers=config.num_hidden_layers,
+        num_experts=config.num_experts if is_moe else 0,
+        world=world,
+    )
+
+    first_step, tokens, seconds_before = 0, 0, 0.0
+    if resume:
+        state = load_checkpoint(checkpoints[-1], wrapped, optimizer, world)
+        first_step, tokens, seconds_before = state["step"], state["tokens"], state["seconds"]
+        loader.load_state_dict(state["loader"])
+        statistics.load_state_dict(state["statistics"])
+        for name, coefficient in coefficients.items():
+            coefficient.load_state_dict(state["coefficients"][name])
+    log = RunLog(run, first_step=first_step, steps=settings.steps, progress=progress) if world.is_main else None
+
+    def write_checkpoint(step: int) -> None:
+        state = {
+            "tokens": tokens,
+            "seconds": seconds_before + clock.seconds,
+            "loader": loader.state_dict(),
+            "statistics": statistics.state_dict(),
+            "coefficients": {name: c.state_dict() for name, c in coefficients.items()},
+        }
+        save_checkpoint(run, step, wrapped, optimizer, state, world, keep=settings.keep_checkpoints)
+
+    clock = _Clock()
+    budget = StepBudget(settings.steps, settings.max_seconds, first_step=first_step)
+    step, stop = first_step, False
+    with _stop_signals() as stopped:
+        for step in range(first_step + 1, settings.steps + 1):
+            total = budget.total(step, clock.seconds)
+            # Randomness (of routers that sample) depends on the step alone, so a resumed run draws the same numbers.
+            torch.manual_seed(settings.seed + 1_000_003 * step + world.rank)
+            batch = loader.next().to(world.device)
+            factor = learning_rate_factor(step - 1, steps=total, schedule=settings.schedule)
+            set_learning_rate(optimizer, factor)
+            values, loads = _forward_backward(wrapped, batch, settings, coefficients, step, world)
+            values["grad_norm"] = clip_gradients(optimizer, settings.optimizer.gradient_clip) / world.size
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            statistics.append(values, loads)
+            tokens += batch.input_ids.numel() * world.size
+            if log is not None:
+                log.step()
+
+            for coefficient in coefficients.values():
+                if coefficient.interval and step % coefficient.interval == 0:
+                    statistics.flush()
+                    coefficient.observe(step, statistics.mean(coefficient.interval))
+            if step == 1 or step % settings.log_every == 0 or step == total:
+                statistics.flush()
+                logged_before = (step - 1) // settings.log_every * settings.log_every or min(step - 1, 1)
+                means = statistics.mean(step - logged_before)
+                record = _log_record(step, statistics, means, coefficients, settings, factor)
+                record |= {"tokens": tokens, "seconds": seconds_before + clock.seconds}
+                record["tokens_per_second"] = clock.rate(tokens)
+                if settings.evaluate_every and (step % settings.evaluate_every == 0 or step == total):
+                    with clock.paused():
+                        record["heldout_loss"] = _heldout_loss(model, settings)
+                if log is not None:
+                    log.write(record)
+            on_step(step)
+            # Processes receive a signal at different steps; they agree where they wait for each other anyway.
+            agreed = world.size == 1 or step % settings.log_every == 0
+            stop = agreed and world.any(stopped())
+            if (settings.checkpoint_every and step % settings.checkpoint_every == 0) or stop:
+                with clock.paused():
+                    write_checkpoint(step)
+            if stop or step == total:
+                break
+    interrupted = stop and step < total
+    if log is not None:
+        log.close()
+    if not interrupted:
+        if not settings.checkpoint_every or step % settings.checkpoint_every:
+            write_checkpoint(step)
+        save_model(run / "model", wrapped, model, settings, world)
+    return TrainResult(run, step, interrupted, seconds_before + clock.seconds, tokens)
+
+
+def _forward_backward(
+    wrapped: torch.nn.Module,
+    batch: Any,
+    settings: TrainSettings,
+    coefficients: dict[str, Coefficient],
+    step: int,
+    world: World,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Gradients of one step, summed over micro-batches; returns this rank's part of each logged number.
+
+    Every part of the loss is divided by its count over the whole step and all ranks, so the result does not depend on
+    how the rows are split. Data-parallel wrappers average gradients over ranks, hence the factor `world.size`.
+    """
+    counts = objective_counts(batch.document_ids, chunk_length=settings.objectives.chunk_length)
+    counts["num_targets"] = (batch.labels[:, 1:] >= 0).sum()
+    local_tokens = counts["num_tokens"].double()
+    names = sorted(counts)
+    summed = world.sum(torch.stack([counts[name].double() for name in names]))
+    counts = {name: summed[i].float() for i, name in enumerate(names)}
+
+    rows = batch.input_ids.shape[0]
+    micro = min(settings.micro_batch_size or rows, rows)
+    starts = range(0, rows, micro)
+    values: dict[str, Tensor] = {}
+    loads: Tensor | None = None
+    for start in starts:
+        part = batch.rows(start, start + micro)
+        with gradient_sync(wrapped, enabled=start == starts[-1]):
+            out = wrapped(part.input_ids, part.labels, part.document_ids, part.position_ids, counts)
+            loss = out.language_model
+            for name, term in out.terms.items():
+                loss = loss + coefficients[name].value(step) * term
+            (loss * world.size).backward()
+        parts = {"language_model": out.language_model, **out.terms}
+        if out.routings:
+            window_counts, expert_tokens = routing_counts(out.routings, part.document_ids)
+            loads = expert_tokens if loads is None else loads + expert_tokens
+            parts |= {
+                "active": expert_tokens.sum(),
+                "active_in_windows": window_counts[0],
+                "num_windows": window_counts[1],
+            }
+        for name, value in parts.items():
+            value = value.detach().double()
+            values[name] = values[name] + value if name in values else value
+    values["num_tokens"] = local_tokens
+    values["num_targets"] = counts["num_targets"] / world.size
+    return values, loads
+
+
+def _log_record(
+    step: int,
+    statistics: StepStatistics,
+    means: dict[str, float],
+    coefficients: dict[str, Coefficient],
+    settings: TrainSettings,
+    factor: float,
+) -> dict[str, Any]:
+    weights = {name: c.value(step) for name, c in coefficients.items()}
+    record: dict[str, Any] = {
+        "step": step,
+        "lr": settings.optimizer.learning_rate * factor,
+        "loss": means["language_model"] + sum(weights[name] * means[name] for name in weights),
+        "language_model_loss": means["language_model"],
+        "terms": {name: means[name] for name in weights},
+        "coefficients": weights,
+        "tls": means.get("tls"),
+        "cls8": means.get("cls8"),
+        "grad_norm": means["grad_norm"],
+    }
+    if statistics.num_experts:
+        loads = statistics.take_loads()
+        record["dead_experts"] = sum(load == 0 for layer in loads for load in layer)
+        busiest = [max(layer) * len(layer) / max(sum(layer), 1) for layer in loads]
+        record["max_load"] = sum(busiest) / len(busiest)
+    return record
+
+
+def with_vocabulary(settings: TrainSettings) -> TrainSettings:
+    """`settings` with the vocabulary size of the data, unless the user set one that is large enough.
+
+    Raises:
+        ValueError: no data folders, or a vocabulary smaller than the data's.
+    """
+    if not settings.data.folders:
+        raise ValueError("no data: give a folder that `blockffn prepare` made, as data.folders or with --data")
+    needed = max(load_manifest(Path(folder)).vocab_size for folder in settings.data.folders)
+    chosen = settings.model.get("vocab_size", needed)
+    if chosen < needed:
+        raise ValueError(f"model.vocab_size is {chosen}, but the data's tokenizer has {needed} tokens")
+    return replace(settings, model={**settings.model, "vocab_size": chosen})
+
+
+def make_loader(settings: TrainSettings, world: World) -> BatchLoader:
+    return BatchLoader(
+        {Path(folder): weight for folder, weight in settings.data.folders.items()},
+        sequence_length=settings.data.sequence_length,
+        global_batch_size=settings.batch_size,
+        align=settings.data.align,
+        seed=settings.seed,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def _heldout_loss(model: BlockFFNForCausalLM, settings: TrainSettings) -> float:
+    """Cross entropy on the first rows of the validation split. Every rank computes all of it."""
+    folder = Path(next(iter(settings.data.folders)))
+    batches = iterate_split(
+        folder,
+        "valid",
+        sequence_length=settings.data.sequence_length,
+        batch_size=settings.micro_batch_size or settings.batch_size,
+        align=settings.data.align,
+        max_rows=settings.evaluate_rows,
+    )
+    return evaluate(model, batches, precision=settings.precision).heldout_loss
+
+
+def save_model(
+    folder: Path, wrapped: torch.nn.Module, model: BlockFFNForCausalLM, settings: TrainSettings, world: World
+) -> None:
+    """Write weights, configuration and tokenizer in Hugging Face's layout, whole or not at all.
+
+    Sharded weights are gathered first. All ranks call this.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = {k.removeprefix("model."): v for k, v in get_model_state_dict(wrapped, options=options).items()}
+    if world.is_main:
+        torn = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(torn, ignore_errors=True)
+        model.save_pretrained(torn, state_dict=state)
+        load_tokenizer(Path(next(iter(settings.data.folders))) / "tokenizer").save_pretrained(torn)
+        shutil.rmtree(folder, ignore_errors=True)
+        torn.rename(folder)
+    world.barrier()
+
+
+class _Clock:
+    """Seconds of training, without pauses, and the rate of tokens since the last reading."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._last: tuple[float, int] | None = None
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def rate(self, tokens: int) -> float:
+        now = self.seconds
+        then, before = self._last or (0.0, 0)
+        self._last = (now, tokens)
+        return (tokens - before) / max(now - then, 1e-9)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begin
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a flag; a second one interrupts as usual."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        previous = {number: signal.signal(number, handle) for number in numbers}
+    except ValueError:  # not in the main thread: signals are the caller's business
+        previous = {}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl`."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,91 @@
+"""What a run writes while it trains: `metrics.jsonl`, TensorBoard events and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class RunLog:
+    """Append-only log of a run. Only the main process opens one.
+
+    On resume, lines after the step that is resumed from are dropped, so that a step is never logged twice.
+
+    Args:
+        progress: show a bar on a terminal, and elsewhere a line every 15 seconds.
+    """
+
+    def __init__(
+        self, run: Path, *, first_step: int, steps: int, tensorboard: bool = True, progress: bool = True
+    ) -> None:
+        self.path = run / "metrics.jsonl"
+        self._drop_after(first_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._events = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+        self._steps, self._lines = steps, progress and not sys.stderr.isatty()
+        self._last_line = time.monotonic()
+        self._bar = tqdm(
+            total=steps, initial=first_step, unit="step", disable=not progress or self._lines, dynamic_ncols=True,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        )  # fmt: skip
+
+    def _drop_after(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except ValueError:  # the line that was being written when the run was killed
+                break
+            kept.append(line)
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One record: a line of JSON, TensorBoard scalars, and the bar's text."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in _flat(record):
+                self._events.add_scalar(name, value, record["step"])
+        shown = {"loss": f"{record['language_model_loss']:.3f}"}
+        for key, label in (("tls", "TLS"), ("cls8", "CLS8")):
+            if record.get(key) is not None:
+                shown[label] = f"{record[key]:.1f}%"
+        shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
+        self._bar.set_postfix(shown, refresh=True)
+        if self._lines and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            parts = "  ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step {record['step']:,}/{self._steps:,}  {parts}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    pairs: list[tuple[str, float]] = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            pairs += _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and key != "step":
+            pairs.append((prefix + key, float(value)))
+    return pairs

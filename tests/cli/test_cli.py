@@ -1,0 +1,104 @@
+"""The command line as a user meets it: help, mistakes, and a short run through every verb."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def blockffn(*arguments: str, cwd: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    command = [sys.executable, "-m", "blockffn", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, input=stdin, timeout=300)
+
+
+@pytest.mark.parametrize("verb", ["demo", "prepare", "train", "evaluate", "generate", "report", "presets"])
+def test_every_verb_has_help(verb: str) -> None:
+    done = blockffn(verb, "--help")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["train", "--preset", "nanno", "--out", "x"], "unknown size 'nanno'; did you mean 'nano'?"),
+    (["train", "--method", "densse", "--out", "x"], "unknown method 'densse'; did you mean 'dense'?"),
+    (["train", "--out", "x", "optimizer.lerning_rate=1"], "did you mean 'learning_rate'?"),
+    (["train", "--out", "x"], "no data: give a folder that `blockffn prepare` made"),
+    (["train", "--resume", "--out", "x"], "x holds no run"),
+    (["train", "--out", "x", "--data", "nowhere"], "nowhere"),
+    (["train", "--out", "x", "--target-sparsity", "0.8e3"], "percentage"),
+    (["evaluate", "nowhere"], "nowhere holds no model"),
+    (["generate", "nowhere"], "nowhere holds no model"),
+    (["report", "nowhere"], "nowhere"),
+    (["prepare", "nowhere.txt", "--out", "x"], "nowhere.txt"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_and_no_traceback(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = blockffn(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_empty_corpus_and_a_binary_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"text\x00\xff\xfe" * 100)
+    for name in ("empty.txt", "binary.txt"):
+        done = blockffn("prepare", name, "--out", "out", cwd=tmp_path)
+        assert done.returncode == 2
+        assert name in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_presets_as_data(tmp_path: Path) -> None:
+    assert blockffn("presets", "--json", "presets.json", cwd=tmp_path).returncode == 0
+    rows = {row["size"]: row for row in json.loads((tmp_path / "presets.json").read_text())["sizes"]}
+    assert rows["1.2b"]["non_embedding_parameters"] == 1_187_830_952
+
+
+def test_show_settings_prints_them_resolved() -> None:
+    done = blockffn("train", "--preset", "0.8b", "--show-settings", "steps=5")
+    assert done.returncode == 0
+    assert "steps: 5" in done.stdout
+    assert "chunk_sparsification" in done.stdout
+
+
+@pytest.mark.slow
+def test_from_text_to_report(tmp_path: Path) -> None:
+    """Prepare, train, stop, resume, evaluate, generate, report: each verb on what the one before left."""
+    text = "\n\n".join(f"Number {i} is followed by number {i + 1}, and that by number {i + 2}." for i in range(3000))
+    for i in range(20):
+        (tmp_path / "corpus").mkdir(exist_ok=True)
+        (tmp_path / "corpus" / f"{i}.txt").write_text(text[i * 5000 : (i + 1) * 5000])
+    small = ["model.hidden_size=32", "model.head_dim=8", "model.num_experts=8", "model.moe_intermediate_size=8",
+             "data.sequence_length=64", "compile=false", "batch_size=4", "log_every=2"]  # fmt: skip
+
+    def run(*arguments: str) -> str:
+        done = blockffn(*arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("prepare", "corpus", "--out", "data", "--vocab-size", "400", "--valid-fraction", "0.2")
+    run("train", "--data", "data", "--out", "run", "--json", "train.json", *small, "steps=6")
+    assert json.loads((tmp_path / "train.json").read_text())["step"] == 6
+    run("train", "--resume", "--out", "run", "steps=8")
+    run("evaluate", "run", "--json", "evaluation.json")
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluation["perplexity"] > 1
+    assert evaluation["bits_per_byte"] > 0
+    assert 0 <= evaluation["cls"]["8"] <= evaluation["tls"] <= 100
+    assert len(evaluation["layers"]) == 4
+    reference = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert reference == evaluation
+    sample = run("generate", "run", "--prompt", "Number 7", "-n", "12", "--json", "run/sample.json")
+    assert sample.startswith("Number 7")
+    assert len(json.loads((tmp_path / "run" / "sample.json").read_text())["tokens"]) > 3
+    run("report", "run")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<svg" in page
+    assert len(list((tmp_path / "run" / "figures").glob("*.png"))) >= 4

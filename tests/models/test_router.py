@@ -1,0 +1,80 @@
+"""The router's formula, against plain arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from blockffn.models.moe import BlockFFN
+from blockffn.models.routers.relu_rmsnorm import ReLURMSNormRouter
+
+
+def router_with(
+    logits: list[float], scale: list[float], *, use_norm: bool = True
+) -> tuple[ReLURMSNormRouter, torch.Tensor]:
+    """A router whose logits for the token `[1]` are as given."""
+    router = ReLURMSNormRouter(1, len(logits), use_norm=use_norm)
+    with torch.no_grad():
+        router.proj.weight.copy_(torch.tensor(logits)[:, None])
+        if router.norm is not None:
+            router.norm.weight.copy_(torch.tensor(scale))
+    return router, torch.ones(1, 1)
+
+
+def test_weights_are_the_rms_norm_of_the_relu_over_all_experts() -> None:
+    router, x = router_with([3.0, -2.0, 4.0, 0.0], [1.0, 1.0, 0.5, 1.0])
+    routing = router(x)
+    rms = math.sqrt((9 + 16) / 4 + 1e-5)
+    assert routing.weights[0].tolist() == pytest.approx([3 / rms, 0, 0.5 * 4 / rms, 0])
+    assert routing.shares[0].tolist() == pytest.approx([3 / 7, 0, 4 / 7, 0])
+    assert routing.logits[0].tolist() == [3.0, -2.0, 4.0, 0.0]
+
+
+def test_a_token_without_active_experts_has_zero_weights_shares_and_output() -> None:
+    router, x = router_with([-3.0, -2.0, -0.5], [1.0, 1.0, 1.0])
+    ffn = BlockFFN(1, 3, 4, router=router)
+    with torch.no_grad():
+        router.proj.weight.copy_(torch.tensor([[-3.0], [-2.0], [-0.5]]))
+    y, routing = ffn(x)
+    assert not routing.weights.any()
+    assert not routing.shares.any()
+    assert not y.any()
+
+
+def test_a_negative_learned_scale_keeps_its_expert_active() -> None:
+    router, x = router_with([1.0, 1.0], [-1.0, 1.0])
+    weights = router(x).weights[0]
+    assert weights[0] == -weights[1]
+    assert (weights != 0).all()
+
+
+def test_without_the_norm_weights_are_the_bare_relu() -> None:
+    router, x = router_with([3.0, -2.0], [1.0, 1.0], use_norm=False)
+    assert router(x).weights[0].tolist() == [3.0, 0.0]
+
+
+def test_routing_is_float32_for_bfloat16_tokens() -> None:
+    routing = ReLURMSNormRouter(8, 4).bfloat16()(torch.randn(5, 8, dtype=torch.bfloat16))
+    assert {routing.logits.dtype, routing.shares.dtype, routing.weights.dtype} == {torch.float32}
+
+
+def test_inactive_experts_get_no_gradient_and_active_ones_do() -> None:
+    ffn = BlockFFN(6, 3, 4)
+    with torch.no_grad():
+        ffn.router.proj.weight.copy_(torch.tensor([1.0, -1.0, 1.0])[:, None].expand(3, 6))
+    y, _ = ffn(torch.rand(2, 5, 6) + 0.1)
+    y.square().sum().backward()
+    gradient = ffn.routed_experts.up_proj.grad
+    assert gradient is not None
+    assert not gradient[1].any()
+    assert gradient[0].any()
+    assert gradient[2].any()
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "num_experts", "moe_intermediate_size"])
+def test_a_size_below_one_is_refused_by_name(field: str) -> None:
+    sizes = {"hidden_size": 4, "num_experts": 2, "moe_intermediate_size": 3, field: 0}
+    with pytest.raises(ValueError, match=field):
+        BlockFFN(**sizes)

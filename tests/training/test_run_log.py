@@ -1,0 +1,35 @@
+"""The log of a run: what a resume keeps, and what is shown where there is no terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from blockffn.training import run_log
+from blockffn.training.run_log import RunLog
+
+
+def record(step: int) -> dict[str, object]:
+    return {"step": step, "language_model_loss": 3.21, "tls": 70.04, "cls8": None, "tokens_per_second": 12345.6}
+
+
+def test_a_resume_drops_later_and_torn_lines(tmp_path: Path) -> None:
+    lines = [json.dumps(record(step)) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "lo')
+    log = RunLog(tmp_path, first_step=2, steps=5, tensorboard=False, progress=False)
+    log.write(record(3))
+    log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_without_a_terminal_progress_is_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_log, "SECONDS_BETWEEN_LINES", 0.0)
+    log = RunLog(tmp_path, first_step=0, steps=1500, tensorboard=False)
+    log.step()
+    log.write(record(1))
+    log.close()
+    assert capsys.readouterr().err == "step 1/1,500  loss 3.210  TLS 70.0%  tok/s 12,346\n"
