@@ -24,8 +24,8 @@ SPARSE_SHARE_LIMITS = {
     torch.float32: ((8, 0.8), (16, 0.55), (64, 0.4), (512, 0.3)),
     torch.bfloat16: ((512, 1.0),),
 }
-# Not measured: where torch has bf16 products the dense product is soon limited by memory alone, and the kernels keep only
-# what reading fewer bytes must win.
+# Not measured: where torch has bf16 products, the dense product is soon limited by memory alone, and the kernels keep
+# only what reading fewer bytes must win.
 FAST_BF16_LIMITS = ((2, 0.8), (4, 0.25), (8, 0.1))
 
 
