@@ -250,6 +250,12 @@ inline typename Vec::F load_plain(const void* weights, int64_t index) {
   return Vec::load(static_cast<const float*>(weights) + index);
 }
 
+// Asks for what will be read when the rows at hand are done.
+template <bool kIsBf16>
+inline void prefetch_plain(const void* weights, int64_t index) {
+  __builtin_prefetch(static_cast<const uint8_t*>(weights) + index * (kIsBf16 ? 2 : 4));
+}
+
 template <bool kIsBf16>
 inline float load_plain_scalar(const void* weights, int64_t index) {
   if constexpr (kIsBf16) return blockffn::bf16_to_float(static_cast<const uint16_t*>(weights)[index]);
@@ -258,7 +264,8 @@ inline float load_plain_scalar(const void* weights, int64_t index) {
 
 // Four rows at a time with two partial sums each: enough independent additions to hide their latency.
 template <bool kIsBf16, int R>
-inline void dot_some_rows(const void* weights, int64_t row, int64_t count, const float* x, float* output) {
+inline void dot_some_rows(const void* weights, int64_t row, int64_t count, const float* x, bool first_token,
+                          float* output) {
   using F = typename Vec::F;
   F sum[R][2];
   for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Vec::zero();
@@ -267,8 +274,10 @@ inline void dot_some_rows(const void* weights, int64_t row, int64_t count, const
     for (int half = 0; half < 2; ++half) {
       const int64_t at = k + half * Vec::kLanes;
       const F a = Vec::load(x + at);
-      for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r) {
+        if (first_token) prefetch_plain<kIsBf16>(weights, (row + r + R) * count + at);
         sum[r][half] = Vec::fma(load_plain<kIsBf16>(weights, (row + r) * count + at), a, sum[r][half]);
+      }
     }
   }
   for (int r = 0; r < R; ++r) {
@@ -288,9 +297,9 @@ void dot_rows_of(const void* weights, int64_t rows, int64_t count, const float* 
                  float* const* outputs) {
   int64_t row = 0;
   for (; row + 4 <= rows; row += 4)
-    for (int m = 0; m < num_tokens; ++m) dot_some_rows<kIsBf16, 4>(weights, row, count, x[m], outputs[m]);
+    for (int m = 0; m < num_tokens; ++m) dot_some_rows<kIsBf16, 4>(weights, row, count, x[m], m == 0, outputs[m]);
   for (; row < rows; ++row)
-    for (int m = 0; m < num_tokens; ++m) dot_some_rows<kIsBf16, 1>(weights, row, count, x[m], outputs[m]);
+    for (int m = 0; m < num_tokens; ++m) dot_some_rows<kIsBf16, 1>(weights, row, count, x[m], m == 0, outputs[m]);
 }
 
 void dot_rows(const void* weights, bool is_bf16, int64_t rows, int64_t count, const float* const* x, int num_tokens,
@@ -303,14 +312,17 @@ void dot_rows(const void* weights, bool is_bf16, int64_t rows, int64_t count, co
 
 template <bool kIsBf16, int R>
 inline void add_some_rows(const void* weights, int64_t row, int64_t count, int64_t stride, const float* factors,
-                          float* output) {
+                          bool first_token, float* output) {
   using F = typename Vec::F;
   F factor[R];
   for (int r = 0; r < R; ++r) factor[r] = Vec::broadcast(factors[row + r]);
   int64_t k = 0;
   for (; k + Vec::kLanes <= count; k += Vec::kLanes) {
     F sum = Vec::load(output + k);
-    for (int r = 0; r < R; ++r) sum = Vec::fma(load_plain<kIsBf16>(weights, (row + r) * stride + k), factor[r], sum);
+    for (int r = 0; r < R; ++r) {
+      if (first_token) prefetch_plain<kIsBf16>(weights, (row + r + R) * stride + k);
+      sum = Vec::fma(load_plain<kIsBf16>(weights, (row + r) * stride + k), factor[r], sum);
+    }
     Vec::store(output + k, sum);
   }
   for (; k < count; ++k)
@@ -324,10 +336,10 @@ void add_rows_of(const void* weights, int64_t rows, int64_t count, int64_t strid
   int64_t row = 0;
   for (; row + 4 <= rows; row += 4)
     for (int m = 0; m < num_tokens; ++m)
-      add_some_rows<kIsBf16, 4>(weights, row, count, stride, factors[m], outputs[m]);
+      add_some_rows<kIsBf16, 4>(weights, row, count, stride, factors[m], m == 0, outputs[m]);
   for (; row < rows; ++row)
     for (int m = 0; m < num_tokens; ++m)
-      add_some_rows<kIsBf16, 1>(weights, row, count, stride, factors[m], outputs[m]);
+      add_some_rows<kIsBf16, 1>(weights, row, count, stride, factors[m], m == 0, outputs[m]);
 }
 
 void add_rows(const void* weights, bool is_bf16, int64_t rows, int64_t count, int64_t stride,

@@ -49,6 +49,7 @@ class SparseFfn {
 
     num_union_ = list_pairs(weights_, pairs_, union_);
     for (int64_t u = 0; u < num_union_; ++u) unfinished_[u] = static_cast<int32_t>(up_.count());
+    hidden_runs_ = Runs(num_union_ * up_.count(), num_threads(), 1);
     tokens_.before_region();
     run_on_threads([](void* self) { static_cast<SparseFfn*>(self)->on_each_thread(); }, this,
                    threads_for(num_union_ * experts_.expert_bytes));
@@ -59,10 +60,14 @@ class SparseFfn {
   void on_each_thread() {
     tokens_.in_region();
     // Each thread takes its next piece before it computes this one, so that it can prefetch across.
-    int64_t run = output_tasks_.take();
-    for (int64_t task = hidden_tasks_.take(), next; task < num_hidden_tasks(); task = next) {
+    int64_t run = output_tasks_.take(), piece = hidden_tasks_.take();
+    if (piece < hidden_runs_.count()) start_reading(up_strip(hidden_runs_.begin(piece)));
+    for (int64_t next; piece < hidden_runs_.count(); piece = next) {
       next = hidden_tasks_.take();
-      compute_hidden(task, next < num_hidden_tasks() ? up_strip(next) : down_run(0, run));
+      const uint8_t* after = next < hidden_runs_.count() ? up_strip(hidden_runs_.begin(next)) : down_run(0, run);
+      const int64_t last = hidden_runs_.end(piece) - 1;
+      for (int64_t task = hidden_runs_.begin(piece); task <= last; ++task)
+        compute_hidden(task, task < last ? up_strip(task + 1) : after);
     }
     wait_for_all();
     for (int64_t next; run < runs_.count(); run = next) {
@@ -71,7 +76,6 @@ class SparseFfn {
     }
   }
 
-  int64_t num_hidden_tasks() const { return num_union_ * up_.count(); }
   const uint8_t* up_strip(int64_t task) const {
     return experts_.data + union_[task / up_.count()].expert * experts_.expert_bytes + task % up_.count() * up_.bytes;
   }
@@ -143,6 +147,7 @@ class SparseFfn {
   float* gate_ = nullptr;          // the same, for gated experts
   uint8_t* hidden_rows_ = nullptr;
   float* sums_ = nullptr;  // [tokens][padded hidden size]
+  Runs hidden_runs_;  // of strips of the union's up matrices
   Counter hidden_tasks_;
   Counter output_tasks_;
 };

@@ -91,6 +91,7 @@ class PreparedTokens {
 // ones last, so that all threads finish together.
 class Runs {
  public:
+  Runs() = default;
   Runs(int64_t strips, int64_t threads, int64_t shortest) {
     for (int64_t at = 0; at < strips;) {
       const int64_t left = strips - at, share = left / (2 * threads);

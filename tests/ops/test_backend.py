@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from blockffn.ops import native
 from blockffn.ops.backend import Backend, choose_backend
 from blockffn.ops.sparse_ffn import BACKENDS, sparse_ffn
 
@@ -67,3 +68,13 @@ def test_negative_threshold_is_refused() -> None:
     layer = Layer.random(1, 2, 32, 64)
     with pytest.raises(ValueError, match="-1"):
         sparse_ffn(layer.x_TD, layer.up_proj_EFD, layer.down_proj_EFD, layer.weights_TE, threshold=-1.0)
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="the native kernels are not built")
+@pytest.mark.parametrize(
+    ("T", "share", "expected"), [(1, 0.2, "cpu"), (64, 0.2, "cpu"), (64, 1.0, "dense"), (600, 0.1, "dense")]
+)
+def test_auto_takes_the_dense_product_where_sparsity_does_not_pay(T: int, share: float, expected: str) -> None:
+    layer = Layer.random(T, 16, 8, 16, active_share=share)
+    arguments = (layer.x_TD, layer.up_proj_EFD, layer.down_proj_EFD, layer.weights_TE)
+    assert choose_backend("sparse_ffn", BACKENDS, "auto", *arguments) == expected

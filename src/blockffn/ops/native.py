@@ -102,16 +102,22 @@ def _open() -> ctypes.CDLL | str:
 
 def _share_threads(library: ctypes.CDLL) -> None:
     """Lend torch's OpenMP threads to the library: two pools spinning on the same cores were 27 times slower."""
-    for name in ("libgomp.so.1", "libomp.dylib"):
-        candidates = [str(Path(torch.__file__).parent / "lib" / name), name]
-        for candidate in candidates:
-            try:
-                openmp = ctypes.CDLL(candidate)
-                functions = [openmp.GOMP_parallel, openmp.GOMP_barrier, openmp.omp_get_max_threads]
-            except (OSError, AttributeError):
-                continue
-            library.blockffn_use_threads(*(ctypes.cast(function, c_void_p) for function in functions))
-            return
+    for path in _openmp_libraries():
+        try:
+            openmp = ctypes.CDLL(path)
+            functions = [openmp.GOMP_parallel, openmp.GOMP_barrier, openmp.omp_get_max_threads]
+        except (OSError, AttributeError):
+            continue
+        library.blockffn_use_threads(*(ctypes.cast(function, c_void_p) for function in functions))
+        return
+
+
+def _openmp_libraries() -> list[str]:
+    """Where torch's OpenMP library may be: those that the process has loaded, torch's own first, then by name."""
+    maps = Path("/proc/self/maps")
+    words = maps.read_text().split() if maps.exists() else []
+    loaded = sorted({word for word in words if "libgomp" in word}, key=lambda path: "torch" not in path)
+    return [*loaded, str(Path(torch.__file__).parent / "lib" / "libomp.dylib"), "libgomp.so.1"]
 
 
 def unavailable() -> str | None:

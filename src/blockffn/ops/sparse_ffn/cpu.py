@@ -18,10 +18,15 @@ from blockffn.ops.native import DTYPES, FORMATS
 from blockffn.ops.quantization import PackedExperts
 from blockffn.ops.registration import define
 
-# Up to this many tokens, the share of active pairs below which the kernels beat torch's dense product, with a margin;
-# from benchmarks/ops_crossing.py. With more tokens the dense product wins by cache blocking.
-SPARSE_SHARE_LIMITS = ((32, 0.9), (64, 0.7), (512, 0.4), (4096, 0.2))
-FAST_BF16_LIMITS = ((2, 0.9), (8, 0.4), (32, 0.2))
+# (most tokens, share of active pairs) up to which the kernels over plain experts are not slower than torch's dense
+# product, measured by benchmarks/ops_crossing.py on a processor without bf16 products; beyond 512 tokens: not measured.
+SPARSE_SHARE_LIMITS = {
+    torch.float32: ((8, 0.8), (16, 0.55), (64, 0.4), (512, 0.3)),
+    torch.bfloat16: ((512, 1.0),),
+}
+# Not measured: where torch has bf16 products, the dense product is soon limited by memory alone, and the kernels keep
+# only what reading fewer bytes must win.
+FAST_BF16_LIMITS = ((2, 0.8), (4, 0.25), (8, 0.1))
 
 
 def refuses_plain(
@@ -58,7 +63,9 @@ def pays_plain(
     if torch.compiler.is_compiling():
         return False  # the answer depends on data, which a traced graph cannot see
     num_tokens = x_TD.shape[0]
-    limits = FAST_BF16_LIMITS if x_TD.dtype == torch.bfloat16 and _torch_multiplies_bf16() else SPARSE_SHARE_LIMITS
+    limits = SPARSE_SHARE_LIMITS[x_TD.dtype]
+    if x_TD.dtype == torch.bfloat16 and _torch_multiplies_bf16():
+        limits = FAST_BF16_LIMITS
     limit = next((share for most_tokens, share in limits if num_tokens <= most_tokens), 0.0)
     return int(torch.count_nonzero(weights_TE)) <= limit * weights_TE.numel()
 
