@@ -123,7 +123,7 @@ def _make_room(out: Path) -> None:
 
 def _median_rate(run: Path) -> float:
     """Tokens a second of training; the first line, in which the model compiles, does not count."""
-    from blockffn.training.loop import read_metrics
+    from blockffn.training.results import read_metrics
 
     records = read_metrics(run)
     rates = sorted(record["tokens_per_second"] for record in records[1:] or records)

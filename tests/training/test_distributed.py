@@ -13,7 +13,8 @@ import pytest
 
 from blockffn.settings import to_dict
 from blockffn.training.config import TrainSettings
-from blockffn.training.loop import read_metrics, train
+from blockffn.training.loop import train
+from blockffn.training.results import read_metrics
 
 pytestmark = pytest.mark.slow
 Settings = Callable[..., TrainSettings]

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blockffn.training.checkpoint import CheckpointError, checkpoint_folders
 from blockffn.training.config import TrainSettings
-from blockffn.training.loop import DivergedError, read_metrics, train
+from blockffn.training.loop import DivergedError, train
+from blockffn.training.results import read_metrics
 from blockffn.training.run_log import hold_folder
 
 Settings = Callable[..., TrainSettings]

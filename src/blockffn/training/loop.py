@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.nn.parallel import DistributedDataParallel
 
-from blockffn.data.loader import BatchLoader, iterate_split
-from blockffn.data.prepare import load_manifest
-from blockffn.data.tokenizer import load_tokenizer
 from blockffn.errors import UserFacingError
-from blockffn.evaluation.perplexity import evaluate
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.objectives import objective_counts
-from blockffn.presets import did_you_mean, preset_config
+from blockffn.presets import preset_config
 from blockffn.settings import save_yaml
 from blockffn.training.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint
+from blockffn.training.clock import Clock, stop_signals
 from blockffn.training.coefficients import Coefficient, make_coefficient
 from blockffn.training.config import TrainSettings
 from blockffn.training.distributed import World, gradient_sync, open_world, wrap
 from blockffn.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
+from blockffn.training.preparation import check_observations, make_loader, with_vocabulary
+from blockffn.training.results import heldout_loss, save_model
 from blockffn.training.run_log import RunLog, hold_folder
 from blockffn.training.schedule import StepBudget, learning_rate_factor
 from blockffn.training.statistics import StepStatistics, routing_counts
@@ -144,7 +136,10 @@ def _train(
     # Only now: a resume that is refused leaves the run as it was.
     if world.is_main:
         save_yaml(settings, run / "config.yaml")
-    log = RunLog(run, first_step=first_step, steps=settings.steps, progress=progress) if world.is_main else None
+    log = None
+    if world.is_main:
+        log = RunLog(run, first_step=first_step, steps=settings.steps, progress=progress)
+        held.callback(log.close)
 
     def write_checkpoint(step: int) -> None:
         state = {
@@ -157,10 +152,10 @@ def _train(
         _check_finite(statistics.history[-1]["language_model"], step, settings)
         save_checkpoint(run, step, wrapped, optimizer, state, world, keep=settings.keep_checkpoints)
 
-    clock = _Clock()
+    clock = Clock()
     budget = StepBudget(settings.steps, settings.max_seconds, first_step=first_step)
     step, stop = first_step, False
-    with _stop_signals() as stopped:
+    with stop_signals() as stopped:
         for step in range(first_step + 1, settings.steps + 1):
             total = budget.total(step, clock.seconds)
             # Randomness (of routers that sample) depends on the step alone, so a resumed run draws the same numbers.
@@ -190,7 +185,7 @@ def _train(
                 record["tokens_per_second"] = clock.rate(tokens)
                 if evaluates:
                     with clock.paused():
-                        record["heldout_loss"] = _heldout_loss(model, wrapped, settings)
+                        record["heldout_loss"] = heldout_loss(model, wrapped, settings)
                 if log is not None:
                     log.write(record)
                 _check_finite(record["loss"], step, settings)
@@ -204,8 +199,6 @@ def _train(
             if stop or step == total:
                 break
     interrupted = stop and step < total
-    if log is not None:
-        log.close()
     if not interrupted:
         if not settings.checkpoint_every or step % settings.checkpoint_every:
             write_checkpoint(step)
@@ -297,126 +290,3 @@ def _log_record(
         busiest = [max(layer) * len(layer) / max(sum(layer), 1) for layer in loads]
         record["max_load"] = sum(busiest) / len(busiest)
     return record
-
-
-def check_observations(coefficients: dict[str, Coefficient]) -> None:
-    """Raises `ValueError` for a coefficient that observes what is not measured."""
-    measured = {"tls", "cls8", "language_model", "grad_norm", *coefficients}
-    for name, coefficient in coefficients.items():
-        observed = getattr(coefficient, "observes", None)
-        if observed is not None and observed not in measured:
-            raise ValueError(f"the coefficient of {name} observes {observed!r}{did_you_mean(observed, measured)}")
-
-
-def with_vocabulary(settings: TrainSettings) -> TrainSettings:
-    """`settings` with the special tokens and the vocabulary size of the data, unless the user set a larger one.
-
-    Raises:
-        ValueError: no data folders, or a vocabulary smaller than the data's.
-    """
-    if not settings.data.folders:
-        raise ValueError("no data: give a folder that `blockffn prepare` made, as data.folders or with --data")
-    manifests = [load_manifest(Path(folder)) for folder in settings.data.folders]
-    needed = max(manifest.vocab_size for manifest in manifests)
-    chosen = settings.model.get("vocab_size", needed)
-    if chosen < needed:
-        raise ValueError(f"model.vocab_size is {chosen}, but the data's tokenizer has {needed} tokens")
-    tokens = {name: getattr(manifests[0], name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return replace(settings, model={**tokens, **settings.model, "vocab_size": chosen})
-
-
-def make_loader(settings: TrainSettings, world: World) -> BatchLoader:
-    return BatchLoader(
-        {Path(folder): weight for folder, weight in settings.data.folders.items()},
-        sequence_length=settings.data.sequence_length,
-        global_batch_size=settings.batch_size,
-        align=settings.data.align,
-        seed=settings.seed,
-        rank=world.rank,
-        world_size=world.size,
-    )
-
-
-def _heldout_loss(model: BlockFFNForCausalLM, wrapped: torch.nn.Module, settings: TrainSettings) -> float:
-    """Cross entropy on some rows of the first folder's validation split. Every rank computes all of it."""
-    module: Any = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
-    folder = Path(next(iter(settings.data.folders)))
-    batches = iterate_split(
-        folder,
-        "valid",
-        sequence_length=settings.data.sequence_length,
-        batch_size=settings.micro_batch_size or settings.batch_size,
-        align=settings.data.align,
-        max_rows=settings.evaluate_rows,
-    )
-    return evaluate(model, batches, score=module.score).heldout_loss
-
-
-def save_model(
-    folder: Path, wrapped: torch.nn.Module, model: BlockFFNForCausalLM, settings: TrainSettings, world: World
-) -> None:
-    """Write weights, configuration and tokenizer in Hugging Face's layout, whole or not at all.
-
-    Sharded weights are gathered first. All ranks call this.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = {k.removeprefix("model."): v for k, v in get_model_state_dict(wrapped, options=options).items()}
-    if world.is_main:
-        torn = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(torn, ignore_errors=True)
-        model.save_pretrained(torn, state_dict=state)
-        load_tokenizer(Path(next(iter(settings.data.folders))) / "tokenizer").save_pretrained(torn)
-        shutil.rmtree(folder, ignore_errors=True)
-        torn.rename(folder)
-    world.barrier()
-
-
-class _Clock:
-    """Seconds of training, without pauses, and the rate of tokens since the last reading."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._last: tuple[float, int] | None = None
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._start
-
-    def rate(self, tokens: int) -> float:
-        now = self.seconds
-        then, before = self._last or (0.0, 0)
-        self._last = (now, tokens)
-        return (tokens - before) / max(now - then, 1e-9)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - begin
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag; a second one interrupts as usual."""
-    received: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        previous = {number: signal.signal(number, handle) for number in numbers}
-    except ValueError:  # not in the main thread: signals are the caller's business
-        previous = {}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
