@@ -15,6 +15,7 @@ from blockffn.training.config import train_settings
 
 PROMPT = "def read_lines(path):\n"
 MARKER = "demo.json"
+VOCAB_SIZE = 2048
 MAX_TRAINING_SECONDS = 170.0  # of the five minutes, whatever the machine
 
 
@@ -39,7 +40,6 @@ def run_demo(
     from blockffn.data.prepare import load_manifest, prepare
     from blockffn.evaluation.run import evaluate_run, load_run
     from blockffn.evaluation.sample import generate_sample
-    from blockffn.metrics.cost import parameter_counts
     from blockffn.reporting import write_report
     from blockffn.training.loop import train
 
@@ -48,12 +48,11 @@ def run_demo(
         if key in (changes or {}):
             raise ValueError(f"the demo decides {key} itself; to choose it, use blockffn train")
     _make_room(out)
-    vocab_size = 2048
     if (out / "data" / "manifest.json").is_file():
         say("reading the text prepared by an earlier demo")
     else:
         say("tokenising the Python standard library")
-        prepare(["stdlib"], out / "data", vocab_size=vocab_size, progress=False)
+        prepare(["stdlib"], out / "data", vocab_size=VOCAB_SIZE, progress=False)
     split = load_manifest(out / "data").splits["train"]
     say(f"{split.tokens:,} tokens of training text, {split.bytes / 1e6:.1f} MB")
 
@@ -95,17 +94,15 @@ def run_demo(
             "reuse_ratio": report.reuse_ratio,
             "tokens_per_second": _median_rate(run),
             "generated_tokens_per_second": sample["tokens_per_second"],
-            "parameters": parameter_counts(model.config).total,
+            "parameters": evaluation.cost["parameters"],
             "steps": result.step,
             "training_tokens": result.tokens,
             "sample": sample["text"],
         }
     summary["seconds"] = time.perf_counter() - begin
-    (out / "blockffn" / "summary.json").write_text(json.dumps(summary, indent=1))
-    (out / MARKER).write_text(json.dumps(summary, indent=1))
+    (out / "blockffn" / "summary.json").write_text(json.dumps(summary, indent=1))  # which the report reads
     page = write_report(out / "blockffn", twin=out / "dense" if with_dense else None, title="blockffn demo")
-    summary["report"] = str(page)
-    summary["seconds"] = time.perf_counter() - begin
+    summary |= {"report": str(page), "seconds": time.perf_counter() - begin}
     (out / MARKER).write_text(json.dumps(summary, indent=1))
     return summary
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from blockffn.presets import RECIPES, SIZES
-from blockffn.settings import load_yaml, parse_overrides, save_yaml
-from blockffn.training.config import ScheduleSettings, TrainSettings, train_settings
+from blockffn.settings import load_yaml, parse_overrides, save_yaml, to_dict
+from blockffn.training.config import ScheduleSettings, TrainSettings, changed_settings, train_settings
 from blockffn.training.schedule import StepBudget, learning_rate_factor
 
 
@@ -101,3 +101,10 @@ def test_a_time_limit_shortens_the_run_to_what_fits() -> None:
 
 def test_without_a_time_limit_all_steps_are_done() -> None:
     assert StepBudget(1000, None, first_step=0).total(500, 1e9) == 1000
+
+
+def test_changed_settings_replace_a_coefficient_of_another_kind_and_drop_null() -> None:
+    values = to_dict(train_settings("nano"))
+    spec = {"kind": "constant", "value": 0.1}
+    changes = {"objectives": {"terms": {"chunk_sparsification": spec, "activation_locality": None}}}
+    assert changed_settings(values, changes).objectives.terms == {"chunk_sparsification": spec}

@@ -19,7 +19,7 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="Prepared folder; default: the run's own.")] = None,
     split: Annotated[str, typer.Option(help="Split of the prepared folder.")] = "valid",
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a row; default: the run's.")] = None,
-    max_rows: Annotated[int | None, typer.Option(help="Score only the first so many rows.")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Score only so many rows, evenly spaced.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows a forward pass.")] = 16,
     reference_counting: Annotated[
         bool, typer.Option("--reference-counting", help="Count sparsity as the paper's code does, padding included.")

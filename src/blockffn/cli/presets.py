@@ -28,7 +28,8 @@ def presets(
     check_json(json_path)
     rows = []
     for size in SIZES:
-        config, counts = preset_config(size), parameter_counts(preset_config(size))
+        config = preset_config(size)
+        counts = parameter_counts(config)
         recipe = RECIPES[size]
         rows.append({
             "size": size,

@@ -51,7 +51,7 @@ def train(
     from rich.console import Console
 
     from blockffn.settings import load_yaml, merge, parse_overrides, to_dict
-    from blockffn.training.config import TrainSettings, train_settings
+    from blockffn.training.config import TrainSettings, changed_settings, train_settings
 
     console = Console()
     check_json(json_path)
@@ -66,10 +66,7 @@ def train(
         if not (out / "config.yaml").is_file():
             raise ValueError(f"{out} holds no run (no config.yaml); start one without --resume")
         settings = load_yaml(TrainSettings, out / "config.yaml")
-        if changes:
-            from blockffn.settings import from_dict
-
-            settings = from_dict(TrainSettings, merge(to_dict(settings), changes))
+        settings = changed_settings(to_dict(settings), changes)
     else:
         if data:
             changes = merge({"data": {"folders": _folders(data)}}, changes)

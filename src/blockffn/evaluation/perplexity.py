@@ -18,8 +18,8 @@ from blockffn.metrics.cost import cost_summary
 from blockffn.metrics.sparsity import SparsityMeter, SparsityReport
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.routing import Routing
+from blockffn.training.language_model_loss import MAX_LOGIT_BYTES
 
-MAX_LOGIT_BYTES = 1 << 28
 Scores = tuple[Tensor, tuple[Routing, ...]]
 WINDOWS = (1, 2, 4, 8, 16, 32, 64)
 

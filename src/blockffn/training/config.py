@@ -160,13 +160,25 @@ def train_settings(size: str, method: str = "blockffn", changes: dict[str, Any] 
     if METHODS[method]["ffn_type"] == "dense":
         values = merge(values, {"objectives": {"terms": {}}})
         values["objectives"]["terms"] = {}
-    preset_terms = values["objectives"]["terms"]
-    values = merge(values, changes or {})
+    return changed_settings(values, changes or {})
+
+
+def changed_settings(values: dict[str, Any], changes: dict[str, Any]) -> TrainSettings:
+    """Settings `values` (nested plain data) with `changes` on top.
+
+    In `objectives.terms`, `null` switches an objective off, and a coefficient of another kind replaces the one that was
+    there, since each kind has fields of its own.
+
+    Raises:
+        ValueError: unknown or wrong setting.
+    """
+    terms_before = values["objectives"]["terms"]
+    values = merge(values, changes)
     terms = values["objectives"]["terms"] if isinstance(values["objectives"], dict) else None
     if isinstance(terms, dict):
-        changed = (changes or {}).get("objectives", {}).get("terms", {})
+        changed = changes.get("objectives", {}).get("terms", {})
         for name, spec in changed.items():
-            if isinstance(spec, dict) and spec.get("kind") != preset_terms.get(name, {}).get("kind") and "kind" in spec:
-                terms[name] = spec  # another kind of coefficient has fields of its own
+            if isinstance(spec, dict) and spec.get("kind") != terms_before.get(name, {}).get("kind") and "kind" in spec:
+                terms[name] = spec
         values["objectives"] = {**values["objectives"], "terms": {k: v for k, v in terms.items() if v is not None}}
     return from_dict(TrainSettings, values)
