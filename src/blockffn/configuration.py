@@ -38,7 +38,7 @@ class BlockFFNConfig(PreTrainedConfig):
     """
 
     model_type = "blockffn"
-    keys_to_ignore_at_inference = ["past_key_values", "routings"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "routings"]  # noqa: RUF012
 
     vocab_size: int = 122753
     hidden_size: int = 768

@@ -12,40 +12,34 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 
 from blockffn.configuration import BlockFFNConfig
 from blockffn.models.attention import make_attention
+from blockffn.models.cache_name import CACHE_NAME, CACHE_NAMES, one_cache
 from blockffn.models.experts import GatedFFN, RoutedExperts
 from blockffn.models.moe import BlockFFN
 from blockffn.models.normalization import RMSNorm
+from blockffn.models.packed_attention import NAME as PACKED_ATTENTION
+from blockffn.models.packed_attention import document_offsets as offsets_of
 from blockffn.models.rotary import RotaryEmbedding
 from blockffn.models.routers import make_router
 from blockffn.routing import Routing
 
 
 @dataclass
-class BlockFFNModelOutput(ModelOutput):
+class BlockFFNModelOutput(BaseModelOutputWithPast):
     """Output of the decoder. `routings` holds one `Routing` per layer if asked for with `output_routing=True`."""
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     routings: tuple[Routing, ...] | None = None
 
 
 @dataclass
-class BlockFFNCausalLMOutput(ModelOutput):
+class BlockFFNCausalLMOutput(CausalLMOutputWithPast):
     """Output of the language model: `loss` if labels were given, `logits [B, T, V]`, and the decoder's fields."""
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     routings: tuple[Routing, ...] | None = None
 
 
@@ -84,7 +78,7 @@ class BlockFFNPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -128,9 +122,11 @@ class BlockFFNModel(BlockFFNPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         document_ids: Tensor | None = None,
+        document_offsets: Tensor | None = None,
         output_routing: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -143,6 +139,8 @@ class BlockFFNModel(BlockFFNPreTrainedModel):
             input_ids: `[B, T]`, or `inputs_embeds [B, T, D]`, which is scaled by `scale_emb` like embeddings.
             document_ids: `[B, T]` for packed rows: equal numbers are one document, -1 is padding. Attention stays
                 within a document and positions restart at each. Excludes `attention_mask` and a cache.
+            document_offsets: `packed_attention.document_offsets(document_ids)`, for the attention implementation
+                `packed`, which otherwise waits for the device to find it.
             output_routing: return one `Routing` per layer.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -150,16 +148,24 @@ class BlockFFNModel(BlockFFNPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        if document_ids is not None and (attention_mask is not None or past_key_values is not None):
+        cache = one_cache(past_key_values, cache)
+        if document_ids is not None and (attention_mask is not None or cache is not None):
             raise ValueError("document_ids describes packed rows; it goes with neither attention_mask nor a cache")
 
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and document_ids is None and not self.training:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None and document_ids is None and not self.training:
+            cache = DynamicCache(config=self.config)
         x = inputs_embeds * self.config.scale_emb
         if position_ids is None:
-            position_ids = _positions(x, document_ids, past_key_values)
-        mask = self._attention_mask(x, attention_mask, position_ids, past_key_values, document_ids)
+            position_ids = _positions(x, document_ids, cache)
+        mask = self._attention_mask(x, attention_mask, position_ids, cache, document_ids)
+        if self.config._attn_implementation == PACKED_ATTENTION:
+            if document_ids is None:
+                raise ValueError(
+                    f"attention {PACKED_ATTENTION!r} is for packed rows: give document_ids, or choose another with "
+                    "set_attn_implementation('sdpa')"
+                )
+            kwargs["document_offsets"] = offsets_of(document_ids) if document_offsets is None else document_offsets
         cos_sin = self.rotary_emb(x, position_ids=position_ids)
 
         states, attentions, routings = [], [], []
@@ -169,7 +175,7 @@ class BlockFFNModel(BlockFFNPreTrainedModel):
                 x,
                 position_embeddings=cos_sin,
                 attention_mask=mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 position_ids=position_ids,
                 **kwargs,
             )
@@ -181,10 +187,10 @@ class BlockFFNModel(BlockFFNPreTrainedModel):
         attended = self.config.output_attentions if output_attentions is None else output_attentions
         output = BlockFFNModelOutput(
             last_hidden_state=x,
-            past_key_values=past_key_values,
             hidden_states=tuple(states) if hidden else None,
             attentions=tuple(attentions) if attended else None,
             routings=tuple(routings) if output_routing and self.config.ffn_type != "dense" else None,
+            **{CACHE_NAME: cache},
         )
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
 
@@ -193,7 +199,7 @@ class BlockFFNModel(BlockFFNPreTrainedModel):
         x: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         document_ids: Tensor | None,
     ) -> Any:
         and_mask = None
@@ -206,9 +212,9 @@ class BlockFFNModel(BlockFFNPreTrainedModel):
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=None if document_ids is not None else position_ids,
             and_mask_function=and_mask,
+            **{CACHE_NAME: cache},
         )
 
 
@@ -234,6 +240,7 @@ class BlockFFNForCausalLM(BlockFFNPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -255,7 +262,7 @@ class BlockFFNForCausalLM(BlockFFNPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             document_ids=document_ids,
@@ -273,10 +280,10 @@ class BlockFFNForCausalLM(BlockFFNPreTrainedModel, GenerationMixin):
         output = BlockFFNCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
             routings=out.routings,
+            **{CACHE_NAME: out.get(CACHE_NAME)},
         )
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
 
@@ -285,11 +292,11 @@ def _wants_dict(config: BlockFFNConfig, return_dict: bool | None) -> bool:
     return bool(config.return_dict if return_dict is None else return_dict)
 
 
-def _positions(x: Tensor, document_ids: Tensor | None, past_key_values: Cache | None) -> Tensor:
+def _positions(x: Tensor, document_ids: Tensor | None, cache: Cache | None) -> Tensor:
     """Positions `[1 or B, T]`, going on from the cache, or restarting where the document changes."""
     index = torch.arange(x.shape[1], device=x.device)
     if document_ids is None:
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        seen = cache.get_seq_length() if cache is not None else 0
         return (index + seen).unsqueeze(0)
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]

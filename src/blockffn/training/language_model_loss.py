@@ -1,15 +1,23 @@
-"""Next-token cross entropy in float32 that never holds the logits of all tokens at once."""
+"""Next-token cross entropy of a linear head that never holds the logits of all tokens at once.
+
+The gradient of a summed cross entropy needs nothing from the backward pass but one number, so it is made together with
+the loss: a piece of the logits is computed once, turned into its own gradient and multiplied back.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 IGNORE = -100
 MAX_LOGIT_BYTES = 1 << 28
+MAX_LOGIT_BYTES_CUDA = 1 << 31  # every piece adds to the head's gradient, [V, D] in float32: on a GPU, few large pieces
+
+LossAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def language_model_loss(
@@ -17,32 +25,68 @@ def language_model_loss(
     head_VD: Tensor,
     labels_BT: Tensor,
     *,
-    apply: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    loss_and_gradient: LossAndGradient | None = None,
 ) -> Tensor:
-    """Sum (not mean) of cross entropies of `labels[:, t + 1]` given `hidden[:, t]`.
+    """Sum (not mean) of cross entropies of `labels[:, t + 1]` given `hidden[:, t]`; 0-d, at least float32.
+
+    Products run in the autocast dtype, if autocast is on; softmax and sums in float32.
 
     Args:
         hidden_BTD: the head's input, already scaled.
         head_VD: weight of the language-model head.
         labels_BT: not shifted, as Hugging Face has them; -100 is ignored.
-        apply: computes the loss of a piece; default `cross_entropy_sum`, or the same compiled.
-
-    Where the float32 logits would exceed 256 MiB they are made in pieces and made again in the backward pass.
+        loss_and_gradient: `cross_entropy_and_gradient` (the default), or the same compiled.
     """
-    hidden = hidden_BTD[:, :-1].reshape(-1, hidden_BTD.shape[-1])
-    targets = labels_BT[:, 1:].reshape(-1)
-    apply = apply or cross_entropy_sum
-    rows = max(1, MAX_LOGIT_BYTES // (4 * head_VD.shape[0]))
-    if hidden.shape[0] <= rows:
-        return apply(hidden, head_VD, targets)
-    total = hidden.new_zeros((), dtype=hidden.dtype).float()
-    for start in range(0, hidden.shape[0], rows):
-        piece = slice(start, start + rows)
-        total = total + checkpoint(apply, hidden[piece], head_VD, targets[piece], use_reentrant=False)
-    return total
+    # The targets move, not the hidden states: no copy of those, and pieces of equal size.
+    targets = torch.cat((labels_BT[:, 1:], labels_BT.new_full((labels_BT.shape[0], 1), IGNORE)), dim=1)
+    hidden = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden, head_VD, targets.reshape(-1), loss_and_gradient or cross_entropy_and_gradient
+    )
+    return loss
 
 
-def cross_entropy_sum(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
-    """Summed cross entropy of tokens `[T, D]` under a head `[V, D]`."""
-    logits = F.linear(hidden_TD, head_VD).float()
-    return F.cross_entropy(logits, targets_T, ignore_index=IGNORE, reduction="sum")
+def cross_entropy_and_gradient(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy, and its gradient `softmax(logits) - one_hot(target)` in the dtype of the logits.
+
+    Rows whose target is -100 add nothing to either.
+    """
+    logits = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+    counted = targets_T != IGNORE
+    targets = torch.where(counted, targets_T, 0).unsqueeze(-1)
+    log_total = logits.logsumexp(dim=-1, keepdim=True)
+    losses = (log_total - logits.gather(-1, targets)).squeeze(-1)
+    is_target = torch.arange(logits.shape[-1], device=logits.device) == targets
+    gradient = torch.where(counted.unsqueeze(-1), (logits - log_total).exp() - is_target.to(logits.dtype), 0)
+    return torch.where(counted, losses, 0).sum(), gradient.to(logits_TV.dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, loss_and_gradient: LossAndGradient
+    ) -> Tensor:
+        device = hidden_TD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
+        hidden, head = hidden_TD.to(dtype), head_VD.to(dtype)
+        limit = MAX_LOGIT_BYTES_CUDA if device == "cuda" else MAX_LOGIT_BYTES
+        rows = max(1, limit // (dtype.itemsize * head.shape[0]))
+        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+        grad_hidden = torch.empty_like(hidden)
+        grad_head = torch.zeros_like(head, dtype=total.dtype)
+        for start in range(0, hidden.shape[0], rows):
+            piece = slice(start, start + rows)
+            loss, gradient = loss_and_gradient(hidden[piece] @ head.T, targets_T[piece])
+            total += loss
+            grad_hidden[piece] = gradient @ head
+            grad_head += gradient.T @ hidden[piece]
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.dtypes = hidden_TD.dtype, head_VD.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        hidden_dtype, head_dtype = ctx.dtypes
+        return (grad_hidden * grad_loss).to(hidden_dtype), (grad_head * grad_loss).to(head_dtype), None, None

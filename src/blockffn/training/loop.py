@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from blockffn.errors import UserFacingError
+from blockffn.metrics.units import complete_windows
 from blockffn.models.causal_lm import BlockFFNForCausalLM
+from blockffn.models.packed_attention import document_offsets
 from blockffn.objectives import objective_counts
 from blockffn.presets import preset_config
 from blockffn.settings import save_yaml
@@ -27,7 +29,7 @@ from blockffn.training.preparation import check_observations, make_loader, with_
 from blockffn.training.results import heldout_loss, save_model
 from blockffn.training.run_log import RunLog, hold_folder
 from blockffn.training.schedule import StepBudget, learning_rate_factor
-from blockffn.training.statistics import StepStatistics, routing_counts
+from blockffn.training.statistics import CLS_WINDOW, StepStatistics
 from blockffn.training.step import TrainingModel
 
 
@@ -160,7 +162,7 @@ def _train(
             total = budget.total(step, clock.seconds)
             # Randomness (of routers that sample) depends on the step alone, so a resumed run draws the same numbers.
             torch.manual_seed(settings.seed + 1_000_003 * step + world.rank)
-            batch = loader.next().to(world.device)
+            batch = loader.next()
             factor = learning_rate_factor(step - 1, steps=total, schedule=settings.schedule)
             set_learning_rate(optimizer, factor)
             values, loads = _forward_backward(wrapped, batch, settings, coefficients, step, world)
@@ -229,9 +231,10 @@ def _forward_backward(
     """
     counts = objective_counts(batch.document_ids, chunk_length=settings.objectives.chunk_length)
     counts["num_targets"] = (batch.labels[:, 1:] >= 0).sum()
-    local_tokens = counts["num_tokens"].double()
+    num_windows = complete_windows(batch.document_ids, CLS_WINDOW).sum()
     names = sorted(counts)
-    summed = world.sum(torch.stack([counts[name].double() for name in names]))
+    local = torch.stack([counts[name].double() for name in names]).to(world.device)
+    summed = world.sum(local.clone())
     counts = {name: summed[i].float() for i, name in enumerate(names)}
 
     rows = batch.input_ids.shape[0]
@@ -241,25 +244,23 @@ def _forward_backward(
     loads: Tensor | None = None
     for start in starts:
         part = batch.rows(start, start + micro)
+        offsets = document_offsets(part.document_ids).to(world.device, non_blocking=True)
+        part = part.to(world.device)
         with gradient_sync(wrapped, enabled=start == starts[-1]):
-            out = wrapped(part.input_ids, part.labels, part.document_ids, part.position_ids, counts)
+            out = wrapped(part.input_ids, part.labels, part.document_ids, part.position_ids, counts, offsets)
             loss = out.language_model
             for name, term in out.terms.items():
                 loss = loss + coefficients[name].value(step) * term
             (loss * world.size).backward()
         parts = {"language_model": out.language_model, **out.terms}
-        if out.routings:
-            window_counts, expert_tokens = routing_counts(out.routings, part.document_ids)
-            loads = expert_tokens if loads is None else loads + expert_tokens
-            parts |= {
-                "active": expert_tokens.sum(),
-                "active_in_windows": window_counts[0],
-                "num_windows": window_counts[1],
-            }
+        if out.expert_tokens is not None:
+            loads = out.expert_tokens if loads is None else loads + out.expert_tokens
+            parts |= {"active": out.expert_tokens.sum(), "active_in_windows": out.active_in_windows.sum()}
         for name, value in parts.items():
             value = value.detach().double()
             values[name] = values[name] + value if name in values else value
-    values["num_tokens"] = local_tokens
+    values["num_windows"] = num_windows.double().to(world.device)
+    values["num_tokens"] = local[names.index("num_tokens")]
     values["num_targets"] = counts["num_targets"] / world.size
     return values, loads
 

@@ -12,27 +12,25 @@ import torch
 from torch import Tensor
 
 from blockffn.metrics.units import complete_windows, window_unions
-from blockffn.routing import Routing
 from blockffn.training.distributed import World
 
 CLS_WINDOW = 8
 
 
-def routing_counts(routings: Sequence[Routing], document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts of one micro-batch from which TLS, CLS8 and expert load follow, without a host synchronisation.
+def layer_counts(weights: Tensor, document_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts of one layer and micro-batch from which CLS8, TLS and expert load follow, without a host synchronisation.
+
+    Args:
+        weights: routing weights `[B, T, E]`. document_ids: `[B, T]`, -1 for padding.
 
     Returns:
-        float64 `[2]`: experts active in some token of a window of 8, summed over layers and windows; number of windows.
-        int64 `[layers, E]`: tokens that use each expert. Padding and windows that cross documents do not count.
+        0-d int64: experts active in some token of a window of 8, summed over windows.
+        int64 `[E]`: tokens that use each expert. Padding and windows that cross documents do not count.
     """
     one_document = complete_windows(document_ids, CLS_WINDOW)
-    expert_tokens, active_in_windows = [], []
-    for routing in routings:
-        active = (routing.weights != 0) & (document_ids >= 0)[..., None]
-        expert_tokens.append(active.sum(dim=(0, 1)))
-        active_in_windows.append((window_unions(active, CLS_WINDOW) & one_document[..., None]).sum())
-    counts = torch.stack([torch.stack(active_in_windows).sum(), one_document.sum()]).double()
-    return counts, torch.stack(expert_tokens)
+    active = (weights != 0) & (document_ids >= 0)[..., None]
+    in_windows = window_unions(active, CLS_WINDOW) & one_document[..., None]
+    return in_windows.sum(), active.sum(dim=(0, 1))
 
 
 class StepStatistics:

@@ -10,34 +10,41 @@ from torch import Tensor, nn
 from blockffn.data.batch import Batch
 from blockffn.evaluation.perplexity import Scores, token_losses
 from blockffn.models.causal_lm import BlockFFNForCausalLM
+from blockffn.models.packed_attention import NAME as PACKED_ATTENTION
+from blockffn.models.packed_attention import suits_packed_attention
 from blockffn.objectives import objective_terms
 from blockffn.routing import Routing
 from blockffn.training.config import ObjectiveSettings
-from blockffn.training.language_model_loss import cross_entropy_sum, language_model_loss
+from blockffn.training.language_model_loss import cross_entropy_and_gradient, language_model_loss
+from blockffn.training.statistics import layer_counts
 
 
 @dataclass(frozen=True)
 class MicroBatchLoss:
-    """Parts of the step's loss that this micro-batch adds. All are 0-d float32; `routings` are detached.
+    """What this micro-batch adds to the step's loss and to what is logged.
 
     Attributes:
-        language_model: cross entropy over the step's target tokens.
-        terms: objective by name, averaged over layers, without its coefficient.
+        language_model: 0-d float32; cross entropy over the step's target tokens.
+        terms: objective by name, 0-d float32, averaged over layers, without its coefficient.
+        active_in_windows, expert_tokens: of `statistics.layer_counts`, stacked over layers: `[layers]` and
+            `[layers, E]`; `None` for a dense model.
     """
 
     language_model: Tensor
     terms: dict[str, Tensor]
-    routings: tuple[Routing, ...]
+    active_in_windows: Tensor | None = None
+    expert_tokens: Tensor | None = None
 
 
 class TrainingModel(nn.Module):
     """The model together with its objectives, so that data-parallel wrappers see one forward pass.
 
     Args:
-        model: the language model.
+        model: the language model, on the device where it will train.
         objectives: names and constants of the objectives; coefficients are the caller's.
         precision: `bfloat16` runs the model under autocast; norms, routing and losses stay in float32.
-        compile: compile each decoder layer and the cross entropy (eager, it costs as much as several layers).
+        compile: compile each decoder layer and the cross entropy (eager, it costs as much as several layers); on a GPU
+            also the objectives, which eager are many small launches (on a CPU, compiling them costs a short run more).
     """
 
     def __init__(
@@ -52,7 +59,12 @@ class TrainingModel(nn.Module):
         self.model = model
         self.objectives = objectives
         self.autocast = precision == "bfloat16"
-        self.cross_entropy_sum = torch.compile(cross_entropy_sum) if compile else cross_entropy_sum
+        if self.autocast and suits_packed_attention(model.device, torch.bfloat16):
+            model.set_attn_implementation(PACKED_ATTENTION)
+        self.loss_and_gradient = torch.compile(cross_entropy_and_gradient) if compile else cross_entropy_and_gradient
+        self.measure_layer = (
+            torch.compile(_measure_layer) if compile and model.device.type == "cuda" else _measure_layer
+        )
         if compile:
             for layer in model.model.layers:
                 layer.compile()
@@ -62,25 +74,54 @@ class TrainingModel(nn.Module):
         return token_losses(self.model, batch, precision="bfloat16" if self.autocast else "float32")
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, document_ids: Tensor, position_ids: Tensor, counts: dict[str, Tensor]
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        document_ids: Tensor,
+        position_ids: Tensor,
+        counts: dict[str, Tensor],
+        document_offsets: Tensor | None = None,
     ) -> MicroBatchLoss:
-        """Rows `[B, T]` of a packed batch; `counts` are those of the whole step over all ranks."""
+        """Rows `[B, T]` of a packed batch; `counts` are those of the whole step over all ranks.
+
+        `document_offsets`: as for the model.
+        """
         with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             out = self.model.model(
-                input_ids, document_ids=document_ids, position_ids=position_ids, output_routing=True, use_cache=False
+                input_ids,
+                document_ids=document_ids,
+                document_offsets=document_offsets,
+                position_ids=position_ids,
+                output_routing=True,
+                use_cache=False,
             )
             hidden = self.model.head_input(out.last_hidden_state)
-            loss = language_model_loss(hidden, self.model.lm_head.weight, labels, apply=self.cross_entropy_sum)
-        routings = out.routings or ()
-        terms = {}
-        if self.objectives.terms:
-            terms = objective_terms(
-                routings,
-                list(self.objectives.terms),
-                document_ids=document_ids,
-                counts=counts,
-                chunk_length=self.objectives.chunk_length,
-                sharpness=self.objectives.sharpness,
+            loss = language_model_loss(
+                hidden, self.model.lm_head.weight, labels, loss_and_gradient=self.loss_and_gradient
             )
-        detached = tuple(Routing(r.logits.detach(), r.shares.detach(), r.weights.detach()) for r in routings)
-        return MicroBatchLoss(loss / counts["num_targets"].clamp_min(1), terms, detached)
+        language_model = loss / counts["num_targets"].clamp_min(1)
+        if not out.routings:
+            return MicroBatchLoss(language_model, {})
+        layers = [self.measure_layer(r, document_ids, counts, self.objectives) for r in out.routings]
+        terms = {name: torch.stack([layer[0][name] for layer in layers]).mean() for name in self.objectives.terms}
+        return MicroBatchLoss(
+            language_model,
+            terms,
+            active_in_windows=torch.stack([layer[1] for layer in layers]),
+            expert_tokens=torch.stack([layer[2] for layer in layers]),
+        )
+
+
+def _measure_layer(
+    routing: Routing, document_ids: Tensor, counts: dict[str, Tensor], objectives: ObjectiveSettings
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """A layer's objectives by name, and its `layer_counts`."""
+    terms = objective_terms(
+        (routing,),
+        list(objectives.terms),
+        document_ids=document_ids,
+        counts=counts,
+        chunk_length=objectives.chunk_length,
+        sharpness=objectives.sharpness,
+    )
+    return terms, *layer_counts(routing.weights.detach(), document_ids)
