@@ -18,12 +18,16 @@ def test_offsets_mark_where_documents_and_padding_begin_and_end_with_the_number_
     assert (offsets[4:] == 8).all()
 
 
-def test_documents_at_the_boundary_of_two_rows_are_two_documents() -> None:
-    assert document_offsets(torch.zeros(2, 3, dtype=torch.int32))[:3].tolist() == [0, 3, 6]
+def test_rows_of_one_document_each_are_told_by_the_number_of_offsets() -> None:
+    assert document_offsets(torch.zeros(2, 3, dtype=torch.int32)).tolist() == [0, 3, 6]
+    rows = torch.zeros(63, 4, dtype=torch.int32)
+    assert len(document_offsets(rows)) == 64
+    rows[0, 2:] = 1
+    assert len(document_offsets(rows)) == 128
 
 
 def test_the_number_of_offsets_stays_while_the_number_of_documents_changes_a_little() -> None:
-    shapes = {len(document_offsets(torch.arange(n).repeat_interleave(64 // n)[None])) for n in (1, 2, 4, 8, 16, 32)}
+    shapes = {len(document_offsets(torch.arange(n).repeat_interleave(64 // n)[None])) for n in (2, 4, 8, 16, 32)}
     assert shapes == {64}
 
 
@@ -37,14 +41,16 @@ def test_without_documents_it_is_an_error_that_names_the_remedy() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("attention", ["mla", "gqa"])
-def test_it_equals_masked_attention(attention: str) -> None:
+@pytest.mark.parametrize("whole_rows", [True, False])
+def test_it_equals_masked_attention(attention: str, whole_rows: bool) -> None:
     torch.manual_seed(0)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2 if attention == "gqa" else 4}
     config = preset_config("mini", attention_type=attention, num_hidden_layers=2, vocab_size=64, **heads)
     model = BlockFFNForCausalLM(config).cuda()
     ids = torch.randint(0, 64, (2, 128), device="cuda")
     documents = torch.zeros(2, 128, dtype=torch.int32, device="cuda")
-    documents[0, 40:], documents[1, 100:] = 1, -1
+    if not whole_rows:
+        documents[0, 40:], documents[1, 100:] = 1, -1
     outputs = []
     for name in ("sdpa", packed_attention.NAME):
         model.set_attn_implementation(name)
@@ -52,7 +58,8 @@ def test_it_equals_masked_attention(attention: str) -> None:
         with torch.autocast("cuda", dtype=torch.bfloat16):
             hidden = model.model(ids, document_ids=documents, use_cache=False).last_hidden_state
         kept = hidden[documents >= 0].float()
-        kept.square().sum().backward()
-        outputs.append([kept, *(p.grad for p in model.model.layers.parameters())])
+        kept.pow(3).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.model.layers.parameters() if p.grad is not None])
+        outputs.append((kept, gradients))
     for expected, actual in zip(*outputs):
-        assert (actual - expected).norm() / expected.norm() < 2e-2
+        assert (actual - expected).norm() / expected.norm() < 3e-2

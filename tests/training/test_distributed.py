@@ -51,13 +51,16 @@ def test_two_processes_give_the_losses_of_one(
     tmp_path: Path, settings: Settings, parallel: str, precision: str, tolerance: float
 ) -> None:
     same = {"steps": 4, "evaluate_every": 2, "precision": precision, "optimizer": {"learning_rate": 1e-3}}
+    names = ["loss", "language_model_loss", "tls"]
+    if precision == "bfloat16":
+        # Rounded logits under a steep sigmoid give other gradients, and the first steps of Adam take only their signs.
+        same |= {"objectives": {"sharpness": 5.0}, "optimizer": {"learning_rate": 3e-4}}
+    else:
+        names += ["grad_norm", "cls8", "max_load"]
     chosen = settings(parallel=parallel, micro_batch_size=3, **same)
     train_on_two(chosen, tmp_path / "two")
     train(settings(**same), tmp_path / "one", progress=False, device="cpu")
     two, one = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
-    names = ["loss", "language_model_loss", "tls"]
-    if precision == "float32":  # the steep sigmoid of activation locality turns bfloat16 roundings into other gradients
-        names += ["grad_norm", "cls8", "max_load"]
     for name in names:
         assert [r[name] for r in two] == pytest.approx([r[name] for r in one], rel=tolerance), name
     assert two[3]["heldout_loss"] == pytest.approx(one[3]["heldout_loss"], rel=tolerance)

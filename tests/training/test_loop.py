@@ -96,7 +96,8 @@ def test_the_loss_does_not_depend_on_micro_batches(tmp_path: Path, settings: Set
     assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     whole, split = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "split")
     assert [r["grad_norm"] for r in split] == pytest.approx([r["grad_norm"] for r in whole], rel=1e-4)
-    assert [r["tls"] for r in split] == pytest.approx([r["tls"] for r in whole], abs=1e-3)
+    # One expert of one token that rounding switches on or off is 0.013 percent here.
+    assert [r["tls"] for r in split] == pytest.approx([r["tls"] for r in whole], abs=0.04)
 
 
 def test_a_dense_run_has_no_terms_and_no_sparsity(tmp_path: Path, settings: Settings) -> None:

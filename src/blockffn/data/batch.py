@@ -36,8 +36,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return Batch(*(to_device(getattr(self, f.name), device) for f in fields(self)))
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows `start` to `stop` (exclusive) as a view, for micro-batches."""
         return Batch(*(getattr(self, f.name)[start:stop] for f in fields(self)))
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on another device; to a GPU through pinned memory, since from other memory a copy waits for the GPU."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,8 +1,9 @@
-"""Attention over packed rows by flash kernels for sequences of unequal lengths, as an implementation that Hugging
-Face's attention table knows under the name `packed`.
+"""Attention over packed rows without a mask, as an implementation that Hugging Face's attention table knows under the
+name `packed`.
 
-A mask of document boundaries keeps SDPA from its fast kernels; these take the boundaries themselves. For training in
-16 bits on a GPU: no cache, no padding mask, no dropout.
+A mask of document boundaries keeps SDPA from its fast kernels. Rows that are one document each need none, and for
+others there are kernels that take the boundaries themselves. For training in 16 bits on a GPU: no cache, no padding
+mask, no dropout.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -30,13 +32,18 @@ def suits_packed_attention(device: torch.device, dtype: torch.dtype) -> bool:
 def document_offsets(document_ids: Tensor) -> Tensor:
     """Where documents begin in rows `[B, T]` laid end to end: `[N + 1]` int32; the last entry is `B * T`.
 
-    A stretch of padding counts as a document of its own. The last entry is repeated up to a multiple of 64 entries, so
-    that shapes rarely change; such documents are empty. Waits for the device: call it on the CPU, before the rows move.
+    A stretch of padding counts as a document of its own. If each row is one document, and only then, there are `B + 1`
+    entries: whoever takes them can tell by the shape. Otherwise the last one is repeated up to a multiple of 64 (such
+    documents are empty), so that shapes rarely change. Waits for the device: call it on the CPU, before the rows move.
     """
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     begin = starts.flatten().nonzero().squeeze(-1)
-    return torch.cat((begin, begin.new_full((64 - len(begin) % 64,), document_ids.numel()))).int()
+    rows, entries = len(document_ids), len(begin) + 1
+    if entries > rows + 1:
+        entries += -entries % 64
+        entries += 64 if entries == rows + 1 else 0
+    return torch.cat((begin, begin.new_full((entries - len(begin),), document_ids.numel()))).int()
 
 
 def packed_attention(
@@ -58,9 +65,11 @@ def packed_attention(
     Returns:
         `[B, T, H, W]` in the dtype of `value`, and no probabilities.
     """
+    if len(document_offsets) == len(query) + 1:
+        return _attend_to_rows(query, key, value), None
     from torch.nn.attention.varlen import varlen_attn
 
-    batch, _, length, width = value.shape
+    batch, length, width = value.shape[0], value.shape[2], value.shape[3]
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -71,6 +80,19 @@ def packed_attention(
     attend: Any = varlen_attn  # its signature changes between versions
     out = attend(query, key, value, document_offsets, document_offsets, length, length, **causal)
     return out.unflatten(0, (batch, length))[..., :width], None
+
+
+def _attend_to_rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    # cuDNN's kernels are the fastest on Hopper, and take values narrower than the keys.
+    with sdpa_kernel(
+        [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+        set_priority=True,
+    ):
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=key.shape[1] != query.shape[1]
+        )
+    return out.transpose(1, 2)
 
 
 def _takes_is_causal() -> bool:

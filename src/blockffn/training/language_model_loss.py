@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 IGNORE = -100
 MAX_LOGIT_BYTES = 1 << 28
 MAX_LOGIT_BYTES_CUDA = 1 << 31  # every piece adds to the head's gradient, [V, D] in float32: on a GPU, few large pieces
 
-LossAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+ALIGNMENT = 64
+
+LossAndGradient = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def language_model_loss(
@@ -46,18 +49,20 @@ def language_model_loss(
     return loss
 
 
-def cross_entropy_and_gradient(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy_and_gradient(logits_TV: Tensor, targets_T: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Summed cross entropy, and its gradient `softmax(logits) - one_hot(target)` in the dtype of the logits.
 
-    Rows whose target is -100 add nothing to either.
+    Rows whose target is -100 add nothing to either, and neither do columns from `vocab_size` on.
     """
+    tokens = torch.arange(logits_TV.shape[-1], device=logits_TV.device)
     logits = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+    logits = torch.where(tokens < vocab_size, logits, float("-inf"))
     counted = targets_T != IGNORE
     targets = torch.where(counted, targets_T, 0).unsqueeze(-1)
     log_total = logits.logsumexp(dim=-1, keepdim=True)
     losses = (log_total - logits.gather(-1, targets)).squeeze(-1)
-    is_target = torch.arange(logits.shape[-1], device=logits.device) == targets
-    gradient = torch.where(counted.unsqueeze(-1), (logits - log_total).exp() - is_target.to(logits.dtype), 0)
+    gradient = (logits - log_total).exp() - (tokens == targets).to(logits.dtype)
+    gradient = torch.where(counted.unsqueeze(-1), gradient, 0)
     return torch.where(counted, losses, 0).sum(), gradient.to(logits_TV.dtype)
 
 
@@ -68,7 +73,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         device = hidden_TD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
-        hidden, head = hidden_TD.to(dtype), head_VD.to(dtype)
+        hidden, vocab_size = hidden_TD.to(dtype), head_VD.shape[0]
+        # Fast matrix products want aligned rows: an odd vocabulary makes them several times slower on a GPU.
+        head = F.pad(head_VD.to(dtype), (0, 0, 0, -vocab_size % ALIGNMENT))
         limit = MAX_LOGIT_BYTES_CUDA if device == "cuda" else MAX_LOGIT_BYTES
         rows = max(1, limit // (dtype.itemsize * head.shape[0]))
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
@@ -76,11 +83,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_head = torch.zeros_like(head, dtype=total.dtype)
         for start in range(0, hidden.shape[0], rows):
             piece = slice(start, start + rows)
-            loss, gradient = loss_and_gradient(hidden[piece] @ head.T, targets_T[piece])
+            loss, gradient = loss_and_gradient(hidden[piece] @ head.T, targets_T[piece], vocab_size)
             total += loss
             grad_hidden[piece] = gradient @ head
             grad_head += gradient.T @ hidden[piece]
-        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.save_for_backward(grad_hidden, grad_head[:vocab_size])
         ctx.dtypes = hidden_TD.dtype, head_VD.dtype
         return total
 

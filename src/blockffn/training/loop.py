@@ -10,26 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from blockffn.errors import UserFacingError
-from blockffn.metrics.units import complete_windows
 from blockffn.models.causal_lm import BlockFFNForCausalLM
-from blockffn.models.packed_attention import document_offsets
-from blockffn.objectives import objective_counts
 from blockffn.presets import preset_config
 from blockffn.settings import save_yaml
 from blockffn.training.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint
 from blockffn.training.clock import Clock, stop_signals
 from blockffn.training.coefficients import Coefficient, make_coefficient
 from blockffn.training.config import TrainSettings
-from blockffn.training.distributed import World, gradient_sync, open_world, wrap
+from blockffn.training.distributed import World, open_world, wrap
+from blockffn.training.gradients import step_gradients
 from blockffn.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
 from blockffn.training.preparation import check_observations, make_loader, with_vocabulary
 from blockffn.training.results import heldout_loss, save_model
 from blockffn.training.run_log import RunLog, hold_folder
 from blockffn.training.schedule import StepBudget, learning_rate_factor
-from blockffn.training.statistics import CLS_WINDOW, StepStatistics
+from blockffn.training.statistics import StepStatistics
 from blockffn.training.step import TrainingModel
 
 
@@ -165,7 +162,7 @@ def _train(
             batch = loader.next()
             factor = learning_rate_factor(step - 1, steps=total, schedule=settings.schedule)
             set_learning_rate(optimizer, factor)
-            values, loads = _forward_backward(wrapped, batch, settings, coefficients, step, world)
+            values, loads = step_gradients(wrapped, batch, settings, coefficients, step, world)
             values["grad_norm"] = clip_gradients(optimizer, settings.optimizer.gradient_clip) / world.size
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -214,55 +211,6 @@ def _check_finite(loss: float, step: int, settings: TrainSettings) -> None:
             f"the loss is {loss} at step {step}; lower optimizer.learning_rate ({settings.optimizer.learning_rate}) "
             "and start again, or resume from an earlier checkpoint"
         )
-
-
-def _forward_backward(
-    wrapped: torch.nn.Module,
-    batch: Any,
-    settings: TrainSettings,
-    coefficients: dict[str, Coefficient],
-    step: int,
-    world: World,
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Gradients of one step, summed over micro-batches; returns this rank's part of each logged number.
-
-    Every part of the loss is divided by its count over the whole step and all ranks, so the result does not depend on
-    how the rows are split. Data-parallel wrappers average gradients over ranks, hence the factor `world.size`.
-    """
-    counts = objective_counts(batch.document_ids, chunk_length=settings.objectives.chunk_length)
-    counts["num_targets"] = (batch.labels[:, 1:] >= 0).sum()
-    num_windows = complete_windows(batch.document_ids, CLS_WINDOW).sum()
-    names = sorted(counts)
-    local = torch.stack([counts[name].double() for name in names]).to(world.device)
-    summed = world.sum(local.clone())
-    counts = {name: summed[i].float() for i, name in enumerate(names)}
-
-    rows = batch.input_ids.shape[0]
-    micro = min(settings.micro_batch_size or rows, rows)
-    starts = range(0, rows, micro)
-    values: dict[str, Tensor] = {}
-    loads: Tensor | None = None
-    for start in starts:
-        part = batch.rows(start, start + micro)
-        offsets = document_offsets(part.document_ids).to(world.device, non_blocking=True)
-        part = part.to(world.device)
-        with gradient_sync(wrapped, enabled=start == starts[-1]):
-            out = wrapped(part.input_ids, part.labels, part.document_ids, part.position_ids, counts, offsets)
-            loss = out.language_model
-            for name, term in out.terms.items():
-                loss = loss + coefficients[name].value(step) * term
-            (loss * world.size).backward()
-        parts = {"language_model": out.language_model, **out.terms}
-        if out.expert_tokens is not None:
-            loads = out.expert_tokens if loads is None else loads + out.expert_tokens
-            parts |= {"active": out.expert_tokens.sum(), "active_in_windows": out.active_in_windows.sum()}
-        for name, value in parts.items():
-            value = value.detach().double()
-            values[name] = values[name] + value if name in values else value
-    values["num_windows"] = num_windows.double().to(world.device)
-    values["num_tokens"] = local[names.index("num_tokens")]
-    values["num_targets"] = counts["num_targets"] / world.size
-    return values, loads
 
 
 def _log_record(

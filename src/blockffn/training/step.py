@@ -86,6 +86,27 @@ class TrainingModel(nn.Module):
 
         `document_offsets`: as for the model.
         """
+        loss, routings = self.language_model(input_ids, labels, document_ids, position_ids, document_offsets)
+        loss = loss / counts["num_targets"].clamp_min(1)
+        if not routings:
+            return MicroBatchLoss(loss, {})
+        layers = [self.measure_layer(routing, document_ids, counts, self.objectives) for routing in routings]
+        return MicroBatchLoss(
+            loss,
+            {name: torch.stack([layer[0][name] for layer in layers]).mean() for name in self.objectives.terms},
+            active_in_windows=torch.stack([layer[1] for layer in layers]),
+            expert_tokens=torch.stack([layer[2] for layer in layers]),
+        )
+
+    def language_model(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        document_ids: Tensor,
+        position_ids: Tensor,
+        document_offsets: Tensor | None,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """Summed cross entropy of the rows, and the layers' routings (none of a dense model)."""
         with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             out = self.model.model(
                 input_ids,
@@ -99,17 +120,7 @@ class TrainingModel(nn.Module):
             loss = language_model_loss(
                 hidden, self.model.lm_head.weight, labels, loss_and_gradient=self.loss_and_gradient
             )
-        language_model = loss / counts["num_targets"].clamp_min(1)
-        if not out.routings:
-            return MicroBatchLoss(language_model, {})
-        layers = [self.measure_layer(r, document_ids, counts, self.objectives) for r in out.routings]
-        terms = {name: torch.stack([layer[0][name] for layer in layers]).mean() for name in self.objectives.terms}
-        return MicroBatchLoss(
-            language_model,
-            terms,
-            active_in_windows=torch.stack([layer[1] for layer in layers]),
-            expert_tokens=torch.stack([layer[2] for layer in layers]),
-        )
+        return loss, out.routings or ()
 
 
 def _measure_layer(
