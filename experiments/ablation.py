@@ -1,0 +1,77 @@
+"""What each part contributes: objectives, router norm, gated experts, granularity, load balancing. One seed.
+
+    python experiments/ablation.py --data DATA --gpus 2 --per-gpu 2
+
+The standard run is that of the quality suite: whichever suite comes first makes it, the other finds it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from blockffn.experiments.suite import PUBLISHED_SIZE, Experiment
+
+SEED = 1
+EXPERTS = {"nano": (32, 16), "mini": (48, 64)}  # number and width in the preset
+
+NO_LOCALITY = "objectives.terms.activation_locality=null"
+NO_CHUNKS = "objectives.terms.chunk_sparsification=null"
+
+
+def steered(objective: str, initial: float) -> str:
+    """A penalty on single tokens, held where TLS is 80 %: settings are compared at the sparsity they all can reach."""
+    return f"objectives.terms.{objective}={{kind: set_point, initial: {initial}, target: 80, observes: tls}}"
+
+
+L1 = steered("l1", 1e-3)
+ENTROPY = steered("router_entropy", 2e-2)
+
+OBJECTIVES = {
+    "cs": ("CS", [NO_LOCALITY]),
+    "al": ("AL", [NO_CHUNKS]),
+    "none": ("none", [NO_LOCALITY, NO_CHUNKS]),
+    "al-l1": ("AL + L1", [NO_CHUNKS, L1]),
+    "al-entropy": ("AL + entropy", [NO_CHUNKS, ENTROPY]),
+    "l1": ("L1", [NO_LOCALITY, NO_CHUNKS, L1]),
+    "entropy": ("entropy", [NO_LOCALITY, NO_CHUNKS, ENTROPY]),
+}
+BALANCE = (0.001, 0.01, 0.1)
+GRANULARITY = (0.25, 0.5, 2)  # of the preset's number of experts, at the same total width
+
+
+def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
+    """The standard run, then one change at a time."""
+    if size not in EXPERTS:
+        raise ValueError(f"the ablation knows the sizes {', '.join(EXPERTS)}; got {size!r}: add a row to EXPERTS")
+    number, width = EXPERTS[size]
+    groups = ("objectives", "architecture", "granularity", "balance")
+    runs = [
+        Experiment("quality", f"{size}-blockffn-seed{SEED}", "AL + CS (standard)", size=size, seed=SEED, groups=groups)
+    ]
+
+    def add(name: str, label: str, *changes: str, groups: tuple[str, ...]) -> None:
+        runs.append(
+            Experiment("ablation", f"{size}-{name}", label, size=size, seed=SEED, changes=changes, groups=groups)
+        )
+
+    for name, (label, changes) in OBJECTIVES.items():
+        add(name, label, *changes, groups=("objectives",))
+    for value in BALANCE:
+        term = f"objectives.terms.load_balancing={{kind: constant, value: {value}}}"
+        add(f"balance-{value}", f"AL + CS + load balance {value}", term, groups=("balance",))
+    add("relu", "router without norm", "model.router_type=relu", groups=("architecture",))
+    # Three matrices instead of two: two thirds of the width.
+    gated = round(width * 2 / 3)
+    add("gated", f"gated experts, width {gated}", "model.expert_gated=true", f"model.moe_intermediate_size={gated}",
+        groups=("architecture",))  # fmt: skip
+    for factor in GRANULARITY:
+        count = round(number * factor)
+        add(f"experts-{count}", f"{count} experts of width {round(width / factor)}", f"model.num_experts={count}",
+            f"model.moe_intermediate_size={round(width / factor)}", groups=("granularity",))  # fmt: skip
+    return runs
+
+
+if __name__ == "__main__":
+    from blockffn.experiments.command import main
+
+    sys.exit(main(experiments, __doc__))
