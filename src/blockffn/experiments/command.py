@@ -12,7 +12,7 @@ from pathlib import Path
 
 from blockffn.experiments.records import add_zero_shot, machine_facts, write_failure, write_record
 from blockffn.experiments.schedule import Outcome, Task, device_slots, run_tasks
-from blockffn.experiments.stages import Places, Plan, data_facts, plan, zero_shot_results
+from blockffn.experiments.stages import BLOCKFFN, Places, Plan, data_facts, plan
 from blockffn.experiments.suite import PUBLISHED_SIZE, Experiment
 
 RECORDS = Path("experiments/records")
@@ -28,12 +28,15 @@ Exit status: 0 all is recorded, 1 a run failed or differs, {WORK_LEFT} time is u
 """
 
 
-def main(suite: Suite, description: str, arguments: Sequence[str] | None = None) -> int:
+def main(
+    suite: Suite, description: str, arguments: Sequence[str] | None = None, *, program: tuple[str, ...] = BLOCKFFN
+) -> int:
     """Run a suite as the command line says; returns the exit status.
 
     Args:
         suite: the experiments of a size.
         arguments: the command line; `None`: that of the process.
+        program: the command that trains and evaluates.
     """
     begin = time.monotonic()
     given = _parse(description, arguments)
@@ -44,6 +47,7 @@ def main(suite: Suite, description: str, arguments: Sequence[str] | None = None)
         records=given.records or _records_folder(given),
         eval_data=given.eval_data,
         device="cpu" if given.cpu else None,
+        program=program,
     )
     slots = device_slots(0 if given.cpu else given.gpus, given.per_gpu)
     if given.eval_data is None:
@@ -112,9 +116,9 @@ def _task(experiment: Experiment, todo: Plan, places: Places, facts: dict[str, o
 
     def finish() -> None:
         if todo.recorded:
-            add_zero_shot(record, zero_shot_results(run))
+            add_zero_shot(record, run)
         else:
-            write_record(record, run, own, zero_shot=zero_shot_results(run))
+            write_record(record, run, own)
 
     def fail(tail: str) -> None:
         if not todo.recorded:

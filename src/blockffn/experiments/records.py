@@ -3,7 +3,7 @@
     config.yaml      resolved settings; folders of data by their last name only
     metrics.jsonl    the training log, thinned
     evaluation.json  what `blockffn evaluate` found on all held-out rows
-    zero_shot.json   what `blockffn zero-shot` found, by task; absent if it was not asked
+    zero_shot.json   what `blockffn zero-shot` found, by task and field; absent if it was not asked
     record.json      outcome (done or failed), command, machine, date, tokens, seconds, tokens a second
 
 A record is written whole or not at all. A failed run leaves a `record.json` that says why, and nothing else.
@@ -30,13 +30,7 @@ DIGITS = 6
 _NUMBERS = re.compile(r'\[[^][{}"]*\]')  # a list of numbers goes on one line
 
 
-def write_record(
-    folder: Path,
-    run: Path,
-    facts: Mapping[str, Any],
-    *,
-    zero_shot: Mapping[str, Any] | None = None,
-) -> None:
+def write_record(folder: Path, run: Path, facts: Mapping[str, Any]) -> None:
     """Keep the run at `run` (trained and evaluated) in `folder`; `facts` go into `record.json` beside the run's own."""
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     folders = config["data"]["folders"]
@@ -57,8 +51,8 @@ def write_record(
         "evaluation.json": _json(read_json(run / "evaluation.json")),
         "record.json": _json(record),
     }
-    if zero_shot:
-        files["zero_shot.json"] = _json(zero_shot)
+    if (run / "zero_shot.json").is_file():
+        files["zero_shot.json"] = _zero_shot(run)
     torn = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(torn, ignore_errors=True)
     torn.mkdir(parents=True)
@@ -68,9 +62,9 @@ def write_record(
     torn.rename(folder)
 
 
-def add_zero_shot(folder: Path, zero_shot: Mapping[str, Any]) -> None:
-    """Add zero-shot results to a record that has none."""
-    (folder / "zero_shot.json").write_text(_json(zero_shot), encoding="utf-8")
+def add_zero_shot(folder: Path, run: Path) -> None:
+    """Add the zero-shot results of a run to its record."""
+    (folder / "zero_shot.json").write_text(_zero_shot(run), encoding="utf-8")
 
 
 def write_failure(folder: Path, facts: Mapping[str, Any], error: str) -> None:
@@ -109,6 +103,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, expected an object; delete it and run again")
     return values
+
+
+def _zero_shot(run: Path) -> str:
+    """By task and, for BLiMP, by field; its 67 paradigms would fill most of the record."""
+    found = read_json(run / "zero_shot.json")
+    tasks = {
+        name: {key: value for key, value in task.items() if key != "paradigms"} for name, task in found["tasks"].items()
+    }
+    return _json({**found, "model": run.name, "tasks": tasks})
 
 
 def _median_rate(rows: list[dict[str, Any]]) -> float:

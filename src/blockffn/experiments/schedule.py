@@ -98,7 +98,8 @@ def run_tasks(
     Returns:
         How each task ended. A command that fails ends its own task only.
     """
-    waiting, active, outcome = list(tasks), [], Outcome()
+    waiting, outcome = list(tasks), Outcome()
+    active: list[_Active] = []
     begin = said = time.monotonic()
     stop_at: float | None = None
     with _stop_requests() as requested:

@@ -11,7 +11,7 @@ from blockffn.experiments.agreement import differences, resolved_settings, saved
 from blockffn.experiments.records import read_json
 from blockffn.experiments.suite import Experiment
 
-ZERO_SHOT_TASKS = ("blimp", "lambada")
+BLOCKFFN = (sys.executable, "-m", "blockffn")
 
 
 class DiffersError(ValueError):
@@ -20,13 +20,14 @@ class DiffersError(ValueError):
 
 @dataclass(frozen=True)
 class Places:
-    """Where things lie: prepared data, runs in the making, records, tasks for zero-shot scores; and the device."""
+    """Where things lie: prepared data, runs in the making, records, tasks for zero-shot scores; device and program."""
 
     data: Path
     work: Path
     records: Path
     eval_data: Path | None = None
     device: str | None = None
+    program: tuple[str, ...] = BLOCKFFN
 
     def run(self, experiment: Experiment) -> Path:
         return self.work / experiment.suite / experiment.name
@@ -61,21 +62,19 @@ def plan(experiment: Experiment, places: Places) -> Plan:
     """
     run, record = places.run(experiment), places.record(experiment)
     wanted = resolved_settings(experiment, places.data)
-    tasks = _tasks(experiment, places)
     if recorded_outcome(record) == "done":
         facts = read_json(record / "record.json")
         _require_same(record, wanted, _other_data(facts["data"], data_facts(places.data)))
-        missing = bool(tasks) and not (record / "zero_shot.json").is_file() and (run / "model").is_dir()
-        return Plan(tasks if missing else [], recorded=True)
+        scored = (record / "zero_shot.json").is_file() or not (run / "model").is_dir()
+        return Plan([] if scored else _zero_shot(experiment, places), recorded=True)
     stages = []
     if (run / "model").is_dir() and (run / "train.json").is_file():
         _require_same(run, wanted, [])
     else:
         stages.append(_training(experiment, places, wanted))
     if stages or not (run / "evaluation.json").is_file():
-        command = _blockffn("evaluate", str(run), *_device(places))
-        stages.append(Stage("evaluate", command, run / "evaluation.json"))
-    return Plan(stages + tasks)
+        stages.append(Stage("evaluate", _command(places, "evaluate", str(run)), run / "evaluation.json"))
+    return Plan(stages + _zero_shot(experiment, places))
 
 
 def recorded_outcome(record: Path) -> str | None:
@@ -93,36 +92,26 @@ def data_facts(folder: Path) -> dict[str, Any]:
     return {"name": folder.name, "fingerprint": manifest.fingerprint, **sizes}
 
 
-def zero_shot_results(run: Path) -> dict[str, Any]:
-    """Results of the tasks that were scored, by name."""
-    found = {task: run / f"zero_shot_{task}.json" for task in ZERO_SHOT_TASKS}
-    return {task: read_json(path) for task, path in found.items() if path.is_file()}
-
-
 def _training(experiment: Experiment, places: Places, wanted: dict[str, Any]) -> Stage:
     from blockffn.training.checkpoint import checkpoint_folders
 
     run = places.run(experiment)
-    ends = ["--out", str(run), "--json", str(run / "train.json"), *_device(places)]
+    ends = ["--out", str(run), "--json", str(run / "train.json")]
     if checkpoint_folders(run):
         _require_same(run, wanted, [])
-        return Stage("train", _blockffn("train", "--resume", *ends), run / "model")
-    command = _blockffn("train", "--preset", experiment.size, "--method", experiment.method,
-                        "--data", str(places.data), *ends, *experiment.overrides)  # fmt: skip
+        return Stage("train", _command(places, "train", "--resume", *ends), run / "model")
+    command = _command(places, "train", "--preset", experiment.size, "--method", experiment.method,
+                       "--data", str(places.data), *ends, *experiment.overrides)  # fmt: skip
     return Stage("train", command, run / "model")
 
 
-def _tasks(experiment: Experiment, places: Places) -> list[Stage]:
-    if places.eval_data is None:
+def _zero_shot(experiment: Experiment, places: Places) -> list[Stage]:
+    run = places.run(experiment)
+    out = run / "zero_shot.json"
+    if places.eval_data is None or out.is_file():
         return []
-    run, stages = places.run(experiment), []
-    for task in ZERO_SHOT_TASKS:
-        out = run / f"zero_shot_{task}.json"
-        if not out.is_file():
-            source = str(places.eval_data / f"{task}.jsonl.xz")
-            command = _blockffn("zero-shot", str(run), "--task", source, "--json", str(out), *_device(places))
-            stages.append(Stage(f"zero-shot {task}", command, out))
-    return stages
+    command = _command(places, "zero-shot", str(run), "--tasks-dir", str(places.eval_data), "--json", str(out))
+    return [Stage("zero-shot", command, out)]
 
 
 def _require_same(folder: Path, wanted: dict[str, Any], other: list[str]) -> None:
@@ -141,9 +130,6 @@ def _other_data(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return [f"data: {names}"]
 
 
-def _blockffn(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "blockffn", *arguments]
-
-
-def _device(places: Places) -> list[str]:
-    return [] if places.device is None else ["--device", places.device]
+def _command(places: Places, *arguments: str) -> list[str]:
+    device = [] if places.device is None else ["--device", places.device]
+    return [*places.program, *arguments, *device]
