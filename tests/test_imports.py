@@ -23,6 +23,7 @@ ALLOWED = {
     "models": BASE | {"ops", "objectives", "metrics"},
     "training": BASE | {"ops", "objectives", "metrics", "data", "models", "evaluation"},
     "evaluation": BASE | {"ops", "objectives", "metrics", "data", "models", "training"},
+    "experiments": BASE | {"reporting", "data", "training"},
 }
 
 
@@ -44,6 +45,7 @@ def test_a_part_imports_only_what_it_may(part: str) -> None:
 
 
 @pytest.mark.parametrize(("module", "absent"), [("blockffn.reporting", "torch"), ("blockffn.cli", "torch"),
+                                                ("blockffn.experiments.page", "torch"),
                                                 ("blockffn.cli", "transformers"), ("blockffn", "numpy")])  # fmt: skip
 def test_a_light_module_stays_light(module: str, absent: str) -> None:
     code = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"

@@ -120,7 +120,7 @@ def test_zero_shot_scores_are_added_to_a_record_that_lacks_them(tmp_path: Path, 
 
 
 def test_a_list_shows_commands_and_runs_none(tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    assert start([run("a"), run("b", 2)], "--list", "--only", "b", "--", "steps=3") == 0
+    assert start([run("a"), run("b", 2)], "--list", "--only", "b", "steps=3") == 0
     out = capsys.readouterr().out
     assert "train --preset nano --method blockffn" in out
     assert "seed=2 steps=3" in out
@@ -152,7 +152,7 @@ def test_a_real_suite_from_a_source_checkout(tmp_path: Path, data_folder: Path) 
         return done.stdout
 
     out = python("quality.py", "--size", "nano", "--cpu", "--steps", "3", "--data", str(data_folder), "--per-gpu", "2",
-                 "--only", "blockffn-seed1", "dense-seed1", "--", *small)  # fmt: skip
+                 "--only", "blockffn-seed1", "--only", "dense-seed1", *small)  # fmt: skip
     assert "2 of 2 recorded" in out
     records = tmp_path / "runs" / "experiments" / "records"
     assert sum(path.stat().st_size for path in (records / "quality" / "nano-blockffn-seed1").iterdir()) < 40_000

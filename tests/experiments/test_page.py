@@ -140,8 +140,3 @@ def test_the_page_in_the_repository_is_what_the_records_say() -> None:
     command = [sys.executable, str(ROOT / "experiments" / "results.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_the_page_needs_no_torch() -> None:
-    code = "import sys, blockffn.experiments.page; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -87,7 +87,7 @@ def _parse(description: str, arguments: Sequence[str] | None) -> argparse.Namesp
     parser.add_argument("--eval-data", type=Path, help="folder with blimp.jsonl.xz and lambada.jsonl.xz")
     parser.add_argument("--size", default=PUBLISHED_SIZE, help=f"preset, default {PUBLISHED_SIZE}")
     parser.add_argument("--steps", type=int, help="default: the preset's")
-    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="runs with one of these in their name")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="runs with TEXT in their name; repeat it")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--per-gpu", type=int, default=1, help="runs at a time on each GPU (or, with --cpu, in all)")
     parser.add_argument("--cpu", action="store_true", help="use no GPU")

@@ -91,8 +91,8 @@ def trade_off(groups: Mapping[str, Sequence[Result]], *, highlight: str | None =
             axes.annotate(f"{name} {y.mean:.2f}", (1, y.mean), (0, 3), textcoords="offset points", color=color)
             continue
         if len(runs) > 1:
-            for run in runs:
-                axes.plot(run.values["cls8"], run.values["perplexity"], "o", color=color, markersize=3, alpha=0.6)
+            points = [(run.values["cls8"] or math.nan, run.values["perplexity"] or math.nan) for run in runs]
+            axes.plot(*zip(*points), "o", color=color, markersize=3, alpha=0.6)
         axes.plot(x.mean, y.mean, "o", color=color, markersize=7, markeredgecolor=LIGHT["surface"])
         labels.append((x.mean, y.mean, name, color))
     axes.set_xlim(0, 100)

@@ -73,7 +73,8 @@ def device_slots(gpus: int, per_gpu: int) -> list[dict[str, str]]:
     if visible and gpus > len(visible):
         raise ValueError(f"--gpus {gpus}, but CUDA_VISIBLE_DEVICES names only {len(visible)}")
     names = (visible or [str(i) for i in range(gpus)])[:gpus] or [""]
-    share = max(1, len(os.sched_getaffinity(0)) // (len(names) * per_gpu))
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, available // (len(names) * per_gpu))
     threads = os.environ.get("OMP_NUM_THREADS", str(share))
     return [{"CUDA_VISIBLE_DEVICES": name, "OMP_NUM_THREADS": threads} for _ in range(per_gpu) for name in names]
 
