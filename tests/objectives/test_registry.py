@@ -33,7 +33,7 @@ def micro_batches() -> Iterator[slice]:
 
 
 def test_counts_of_a_packed_batch():
-    counts = objective_counts(DOCUMENTS, chunk_length=4, num_experts_per_tok=2)
+    counts = objective_counts(DOCUMENTS, chunk_length=4)
     assert {name: count.item() for name, count in counts.items()} == {
         "num_tokens": 13 + 16 + 14,
         "num_pairs": (2 + 9) + 15 + (7 + 5),
@@ -48,8 +48,8 @@ def test_counts_without_a_chunk_length_leave_chunks_out():
 
 
 def test_counts_add_up_over_micro_batches():
-    whole = objective_counts(DOCUMENTS, chunk_length=4, num_experts_per_tok=2)
-    parts = [objective_counts(DOCUMENTS[rows], chunk_length=4, num_experts_per_tok=2) for rows in micro_batches()]
+    whole = objective_counts(DOCUMENTS, chunk_length=4)
+    parts = [objective_counts(DOCUMENTS[rows], chunk_length=4) for rows in micro_batches()]
     for name, count in whole.items():
         assert count.item() == sum(part[name].item() for part in parts)
 
@@ -57,7 +57,7 @@ def test_counts_add_up_over_micro_batches():
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_any_split_into_micro_batches_gives_the_value_and_gradient_of_the_whole(name):
     layers = [random_logits(0), random_logits(1)]
-    counts = objective_counts(DOCUMENTS, chunk_length=4, num_experts_per_tok=2)
+    counts = objective_counts(DOCUMENTS, chunk_length=4)
 
     def value_and_gradient(slices: list[slice]) -> tuple[float, torch.Tensor]:
         leaves = [layer.clone().requires_grad_() for layer in layers]
@@ -69,6 +69,7 @@ def test_any_split_into_micro_batches_gives_the_value_and_gradient_of_the_whole(
                 document_ids=DOCUMENTS[rows],
                 counts=counts,
                 chunk_length=4,
+                num_experts_per_tok=2,
                 sharpness=3.0,
             )
             terms[name].backward()
@@ -85,7 +86,7 @@ def test_any_split_into_micro_batches_gives_the_value_and_gradient_of_the_whole(
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_counts_of_the_batch_itself_change_nothing(name):
     routings = [routing(random_logits(2))]
-    counts = objective_counts(DOCUMENTS, chunk_length=4, num_experts_per_tok=2)
+    counts = objective_counts(DOCUMENTS, chunk_length=4)
     without = objective_terms(routings, [name], document_ids=DOCUMENTS, chunk_length=4, num_experts_per_tok=2)
     given = objective_terms(
         routings, [name], document_ids=DOCUMENTS, counts=counts, chunk_length=4, num_experts_per_tok=2
@@ -107,7 +108,7 @@ def test_one_document_per_row_is_the_default(name):
 def test_a_batch_of_padding_gives_zero(name):
     routings = [routing(random_logits(4))]
     nothing = torch.full((4, 16), -1)
-    counts = objective_counts(nothing, chunk_length=4, num_experts_per_tok=2)
+    counts = objective_counts(nothing, chunk_length=4)
     for c in (None, counts):
         assert (
             objective_terms(routings, [name], document_ids=nothing, counts=c, chunk_length=4, num_experts_per_tok=2)[
@@ -129,7 +130,7 @@ def test_terms_are_means_over_layers():
 
 def test_all_objectives_compile_into_one_graph():
     def total(logits: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-        counts = objective_counts(documents, chunk_length=4, num_experts_per_tok=2)
+        counts = objective_counts(documents, chunk_length=4)
         terms = objective_terms(
             [routing(logits)], OBJECTIVES, document_ids=documents, counts=counts, chunk_length=4, num_experts_per_tok=2
         )
@@ -167,6 +168,6 @@ def test_wrong_shapes_are_errors(name):
 
 def test_counts_refuse_wrong_input():
     with pytest.raises(ValueError, match=r"shape \[B, T\], got \[16\]"):
-        objective_counts(DOCUMENTS[0], chunk_length=4, num_experts_per_tok=2)
+        objective_counts(DOCUMENTS[0], chunk_length=4)
     with pytest.raises(ValueError, match="chunk_length must be at least 1, got 0"):
         objective_counts(DOCUMENTS, chunk_length=0)
