@@ -48,14 +48,14 @@ class SparseMixerRouter(nn.Module):
         left = torch.ones_like(logits, dtype=torch.bool)
         weights = torch.zeros_like(logits)
         for _ in range(self.num_experts_per_tok):
-            expert, weight = pick(logits, left, jitter_noise=self.jitter_noise, sample=self.training)
-            weights = weights.scatter(-1, expert, weight)
-            left = left.scatter(-1, expert, False)
+            chosen, weight = pick(logits, left, jitter_noise=self.jitter_noise, sample=self.training)
+            weights = torch.where(chosen, weight, weights)
+            left = left & ~chosen
         return Routing(logits=logits, shares=logits.softmax(dim=-1), weights=weights)
 
 
 def pick(logits: Tensor, left: Tensor, *, jitter_noise: float, sample: bool) -> tuple[Tensor, Tensor]:
-    """One expert a token, and its weight; both `[..., 1]`.
+    """One expert a token, as bool `[..., E]`, and its weight `[..., 1]`.
 
     The weight is the expert's probability `p`. When sampling, an expert that is not the most likely one keeps it with
     probability 1/4 and otherwise gets a third of it, which makes the gradient Heun's third-order estimate
@@ -65,6 +65,8 @@ def pick(logits: Tensor, left: Tensor, *, jitter_noise: float, sample: bool) -> 
     Args:
         logits: float `[..., E]`.
         left: bool `[..., E]`, experts not yet picked; at least one a token.
+
+    Masks in place of indices keep all k picks elementwise, so that a compiler fuses them.
     """
     with torch.no_grad():
         available = logits.masked_fill(~left, -torch.inf)
@@ -75,12 +77,15 @@ def pick(logits: Tensor, left: Tensor, *, jitter_noise: float, sample: bool) -> 
     scores = logits.masked_fill(~candidates, -torch.inf)
     probabilities = scores.softmax(dim=-1)
     likeliest = scores.argmax(dim=-1, keepdim=True)
+    experts = torch.arange(logits.shape[-1], device=logits.device)
     if not sample:
-        return likeliest, probabilities.gather(-1, likeliest)
+        chosen = experts == likeliest
+        return chosen, (probabilities * chosen).sum(dim=-1, keepdim=True)
     # The largest of logits plus Gumbel noise is a sample from their softmax; the clamps keep a uniform 0 finite.
     exponential = -torch.rand_like(scores).clamp_min(1e-30).log()
     expert = (scores - exponential.clamp_min(1e-30).log()).argmax(dim=-1, keepdim=True)
-    probability = probabilities.gather(-1, expert)
+    chosen = experts == expert
+    probability = (probabilities * chosen).sum(dim=-1, keepdim=True)
     whole = (expert == likeliest) | (torch.rand_like(probability) < 0.25)
     evaluated_at = torch.where(whole, probability, probability / 3)
-    return expert, probability + (evaluated_at - probability).detach()
+    return chosen, probability + (evaluated_at - probability).detach()
