@@ -14,7 +14,10 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 ATTENTION_TYPES = ("mla", "gqa")
 FFN_TYPES = ("moe", "dense")
-ROUTER_TYPES = ("relu_rmsnorm", "relu")
+ROUTER_TYPES = ("relu_rmsnorm", "relu", "relu_scaled", "topk", "sparsemixer")
+TOP_K_ROUTER_TYPES = ("topk", "sparsemixer")
+ROUTER_DTYPES = ("model", "float32")
+EXPERT_ACTIVATIONS = ("silu", "norm_silu")
 
 
 @strict
@@ -23,8 +26,20 @@ class BlockFFNConfig(PreTrainedConfig):
 
     Attributes:
         ffn_type: `moe` (router and experts) or `dense` (gated SiLU of width `intermediate_size`, the control).
-        router_type: `relu_rmsnorm` (the paper's `RMSNorm(ReLU(W x))`) or `relu` (the same without the norm).
-        num_experts, moe_intermediate_size: number and width of the experts.
+        router_type: `relu_rmsnorm` (the paper's `RMSNorm(ReLU(W x))`), `relu` (the same without the norm; ReMoE's),
+            `relu_scaled` (a learned factor per expert instead of the norm; DECO's), `topk` (softmax, then the k
+            largest) or `sparsemixer` (GRIN's sampled top-k).
+        router_dtype: in which the router multiplies with its projection: `model` (that of the model, bfloat16 under
+            autocast) or `float32`. Everything after the product is float32 either way.
+        router_initializer_range: standard deviation of the router's projection; `None`: as the other matrices.
+        router_jitter_noise: `sparsemixer` samples among logits within twice this of the largest, relative to their
+            size.
+        num_experts, moe_intermediate_size: number and width of the experts, shared ones included.
+        num_experts_per_tok: experts that a token uses with a top-k router, shared ones included. Other routers choose
+            their own number; ReMoE's penalty aims at this one.
+        num_shared_experts: the first so many experts are active for every token and not routed to.
+        first_k_dense_replace: so many first layers have a dense FFN of `intermediate_size` instead of experts.
+        expert_activation: `silu`, or `norm_silu` (DECO's; see `blockffn.ops.sparse_ffn.norm_silu`).
         expert_gated: experts are `silu(gate x) * (up x)`; an ablation, the paper's experts are not gated.
         attention_type: `mla` (latent attention: `q_lora_rank`, `kv_lora_rank`, `qk_nope_head_dim`, `qk_rope_head_dim`,
             `v_head_dim`) or `gqa` (grouped queries: `num_key_value_heads`, `head_dim`).
@@ -47,9 +62,16 @@ class BlockFFNConfig(PreTrainedConfig):
 
     ffn_type: str = "moe"
     router_type: str = "relu_rmsnorm"
+    router_dtype: str = "model"
+    router_initializer_range: float | None = None
+    router_jitter_noise: float = 0.1
     num_experts: int = 48
+    num_experts_per_tok: int = 10
+    num_shared_experts: int = 0
+    first_k_dense_replace: int = 0
     moe_intermediate_size: int = 64
     expert_gated: bool = False
+    expert_activation: str = "silu"
     intermediate_size: int = 2064
 
     attention_type: str = "mla"
@@ -94,11 +116,15 @@ class BlockFFNConfig(PreTrainedConfig):
         _check_choice("attention_type", self.attention_type, ATTENTION_TYPES)
         _check_choice("ffn_type", self.ffn_type, FFN_TYPES)
         _check_choice("router_type", self.router_type, ROUTER_TYPES)
+        _check_choice("router_dtype", self.router_dtype, ROUTER_DTYPES)
+        _check_choice("expert_activation", self.expert_activation, EXPERT_ACTIVATIONS)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts",
                      "moe_intermediate_size", "intermediate_size"):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.ffn_type == "moe":
+            self._validate_experts()
         if self.num_key_value_heads is not None and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -106,6 +132,34 @@ class BlockFFNConfig(PreTrainedConfig):
             )
         if self.head_dim is not None and self.head_dim % 2:
             raise ValueError(f"rotary embeddings need an even head dimension, got {self.head_dim}")
+
+    def _validate_experts(self) -> None:
+        if not 0 <= self.num_shared_experts < self.num_experts:
+            raise ValueError(
+                f"num_shared_experts must be at least 0 and leave experts to route to; got {self.num_shared_experts} "
+                f"of num_experts {self.num_experts}"
+            )
+        if not 0 <= self.first_k_dense_replace < self.num_hidden_layers:
+            raise ValueError(
+                f"first_k_dense_replace must be at least 0 and leave a layer with experts; got "
+                f"{self.first_k_dense_replace} of num_hidden_layers {self.num_hidden_layers}"
+            )
+        if self.router_type in TOP_K_ROUTER_TYPES and not (
+            self.num_shared_experts < self.num_experts_per_tok <= self.num_experts
+        ):
+            raise ValueError(
+                f"num_experts_per_tok must be above num_shared_experts ({self.num_shared_experts}) and at most "
+                f"num_experts ({self.num_experts}), got {self.num_experts_per_tok}"
+            )
+        if not 0 <= self.router_jitter_noise < float("inf"):
+            raise ValueError(f"router_jitter_noise must be finite and at least 0, got {self.router_jitter_noise}")
+        if self.expert_gated and self.expert_activation != "silu":
+            raise ValueError(f"gated experts have the activation silu, got {self.expert_activation!r}")
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers that have experts, and therefore a `Routing`: all but the first `first_k_dense_replace`."""
+        return 0 if self.ffn_type == "dense" else self.num_hidden_layers - self.first_k_dense_replace
 
     @property
     def residual_scale(self) -> float:

@@ -18,6 +18,8 @@ from torch import Tensor
 class Routing:
     """How one layer routes its tokens. All fields have shape `[B, T, E]` (or `[T, E]` when packed) and one float dtype.
 
+    Shared experts, which every token uses, are the first columns: weight 1, logit and share 0.
+
     Attributes:
         logits: router output before its activation (A0 of the paper). Activation locality reads this.
         shares: activation divided by its sum over experts; each token's shares sum to 1, or are all 0 when no expert is

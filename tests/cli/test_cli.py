@@ -59,8 +59,14 @@ def test_an_empty_corpus_and_a_binary_file_are_refused(tmp_path: Path) -> None:
 
 def test_presets_as_data(tmp_path: Path) -> None:
     assert blockffn("presets", "--json", "presets.json", cwd=tmp_path).returncode == 0
-    rows = {row["size"]: row for row in json.loads((tmp_path / "presets.json").read_text())["sizes"]}
-    assert rows["1.2b"]["non_embedding_parameters"] == 1_187_830_952
+    tables = json.loads((tmp_path / "presets.json").read_text())
+    sizes = {row["size"]: row for row in tables["sizes"]}
+    assert sizes["1.2b"]["non_embedding_parameters"] == 1_187_830_952
+    methods = {row["method"]: row for row in tables["methods"]}
+    assert methods["deepseek"] == {
+        "method": "deepseek", "router": "topk", "shared_experts": 2, "objectives": ["load_balancing (constant)"]
+    }  # fmt: skip
+    assert methods["dense"]["router"] is None
 
 
 def test_show_settings_prints_them_resolved() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from blockffn.metrics import active_parameters, flops_per_token, parameter_counts, weight_bytes_per_token
 from blockffn.models.causal_lm import BlockFFNForCausalLM
-from blockffn.presets import SIZES, preset_config
+from blockffn.presets import METHODS, SIZES, preset_config
 
 TINY = {
     "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
@@ -24,7 +24,7 @@ def test_non_embedding_parameters_of_the_published_sizes(size, published):
     assert parameter_counts(preset_config(size)).non_embedding == published
 
 
-@pytest.mark.parametrize("method", ["blockffn", "dense"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", SIZES)
 def test_counts_equal_the_parameters_of_the_model(size, method):
     _assert_equals_model(preset_config(size, method))
@@ -45,9 +45,18 @@ def _assert_equals_model(config) -> None:
     assert counts.total == sum(sizes.values())
     assert counts.attention == sum(n for name, n in sizes.items() if ".self_attn." in name)
     assert counts.router == sum(n for name, n in sizes.items() if ".router." in name)
-    assert counts.experts == sum(n for name, n in sizes.items() if ".routed_experts." in name)
+    assert counts.experts == sum(n for name, n in sizes.items() if name.endswith(("up_proj", "down_proj", "gate_proj")))
     assert counts.embedding == sizes["model.embed_tokens.weight"]
     assert counts.lm_head == sizes.get("lm_head.weight", 0)
+
+
+def test_the_router_of_shared_experts_and_of_a_dense_layer_is_not_counted_as_work():
+    def flops(**change):
+        return flops_per_token(preset_config("nano", **{**TINY, **change}), context=0)
+
+    assert flops() - flops(num_shared_experts=1) == 2 * 2 * 8
+    dense_layer = 3 * 10 * 8 - (3 * 8 + 3 * 2 * 8 * 8)
+    assert flops(first_k_dense_replace=1) - flops() == 2 * dense_layer
 
 
 def test_inactive_experts_are_not_active_parameters():

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import blockffn
 from blockffn.models.causal_lm import BlockFFNForCausalLM, BlockFFNModel
-from blockffn.presets import SIZES, preset_config
+from blockffn.presets import METHODS, SIZES, preset_config
 from tests.models.conftest import tiny_model
 
 
@@ -34,7 +34,7 @@ def test_a_model_equals_its_parts_written_out() -> None:
     torch.testing.assert_close(model(ids).logits, x / (32 / 256) @ model.lm_head.weight.T, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("attention", "method"), [("gqa", "blockffn"), ("mla", "blockffn"), ("gqa", "dense")])
+@pytest.mark.parametrize(("attention", "method"), [("mla", "blockffn"), *(("gqa", method) for method in METHODS)])
 def test_save_and_load_gives_identical_logits(tmp_path: Path, attention: str, method: str) -> None:
     model = tiny_model(attention, method)
     model.save_pretrained(tmp_path)
@@ -60,7 +60,9 @@ def test_tied_embeddings_share_one_tensor(tmp_path: Path) -> None:
     assert torch.equal(again.lm_head.weight, model.model.embed_tokens.weight)
 
 
-def test_generate_with_cache_equals_without(model: BlockFFNForCausalLM) -> None:
+@pytest.mark.parametrize(("attention", "method"), [("mla", "blockffn"), *(("gqa", method) for method in METHODS)])
+def test_generate_with_cache_equals_without(attention: str, method: str) -> None:
+    model = tiny_model(attention, method)
     ids = torch.randint(3, 61, (2, 7))
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
@@ -143,7 +145,7 @@ def test_tuple_output_is_the_dict_output_in_order(model: BlockFFNForCausalLM) ->
 
 
 @pytest.mark.parametrize("size", sorted(SIZES))
-@pytest.mark.parametrize("method", ["blockffn", "dense"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_preset_builds(size: str, method: str) -> None:
     with torch.device("meta"):
         BlockFFNForCausalLM(preset_config(size, method))
@@ -159,13 +161,18 @@ def test_non_embedding_parameters_equal_the_published_count(size: str, published
 
 
 @pytest.mark.parametrize("size", sorted(SIZES))
-def test_the_dense_twin_has_the_same_number_of_parameters(size: str) -> None:
+def test_all_methods_have_the_same_number_of_parameters(size: str) -> None:
     def count(method: str) -> int:
         with torch.device("meta"):
-            return sum(p.numel() for p in BlockFFNForCausalLM(preset_config(size, method)).model.layers.parameters())
+            return sum(p.numel() for p in BlockFFNForCausalLM(preset_config(size, method)).parameters())
 
-    # The published dense widths are round numbers, up to 0.3 % off.
-    assert count("dense") == pytest.approx(count("blockffn"), rel=3e-3)
+    counts = {method: count(method) for method in METHODS}
+    # The published dense widths of 0.5B to 1.2B are round numbers, up to 0.3 % off.
+    for method in counts:
+        rel = 3e-3 if method == "dense" else 1e-3
+        assert counts[method] == pytest.approx(counts["blockffn"], rel=rel), method
+    if size in ("nano", "mini", "0.1b", "3b"):
+        assert counts["dense"] == pytest.approx(counts["blockffn"], rel=1e-3)
 
 
 def test_an_unknown_preset_or_field_names_the_nearest() -> None:
@@ -183,6 +190,38 @@ WRONG = [("attention_type", "mqa"), ("ffn_type", "swiglu"), ("router_type", "top
 def test_a_wrong_configuration_is_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=str(value)):
         preset_config("nano", **{field: value})
+
+
+@pytest.mark.parametrize(("method", "fields", "message"), [
+    ("topk", {"num_experts_per_tok": 33}, "num_experts_per_tok must be .* at most num_experts .32., got 33"),
+    ("topk", {"num_experts_per_tok": 0}, "num_experts_per_tok must be .*, got 0"),
+    ("deepseek", {"num_experts_per_tok": 2}, "above num_shared_experts .2. and .*, got 2"),
+    ("blockffn", {"num_shared_experts": 32}, "num_shared_experts must be .*; got 32"),
+    ("grin", {"router_jitter_noise": -1.0}, "router_jitter_noise must be finite and at least 0, got -1.0"),
+    ("deco", {"first_k_dense_replace": 4}, "first_k_dense_replace must be .*; got 4 of num_hidden_layers 4"),
+    ("deco", {"expert_gated": True}, "gated experts have the activation silu, got 'norm_silu'"),
+    ("blockffn", {"router_dtype": "bfloat16"}, "router_dtype must be one of model, float32; got 'bfloat16'"),
+    ("blockffn", {"expert_activation": "gelu"}, "expert_activation must be one of silu, norm_silu; got 'gelu'"),
+])  # fmt: skip
+def test_wrong_routing_is_refused(method: str, fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        preset_config("nano", method, **fields)
+
+
+def test_routers_other_than_top_k_ignore_the_number_of_experts_per_token() -> None:
+    assert preset_config("nano", num_experts=3).num_experts_per_tok == 6
+
+
+def test_a_first_dense_layer_has_no_routing() -> None:
+    model = tiny_model("gqa", "deco")
+    assert len(model(torch.zeros(1, 4, dtype=torch.long), output_routing=True).routings) == 1
+
+
+def test_decos_scale_starts_at_a_tenth_and_baselines_draw_routers_narrowly() -> None:
+    deco = tiny_model("gqa", "deco").model.layers[1].mlp.router
+    assert torch.equal(deco.scale.weight, torch.full((5,), 0.1))
+    router = BlockFFNForCausalLM(preset_config("nano", "topk", num_hidden_layers=1)).model.layers[0].mlp.router
+    assert router.proj.weight.std().item() == pytest.approx(0.01, rel=0.05)
 
 
 def test_weights_start_with_the_published_spread() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from blockffn.objectives import load_balancing, token_balance
+from blockffn.objectives import balanced_l1, l1, load_balancing, token_balance
 
 
 def test_equals_the_formula_on_one_row():
@@ -56,6 +56,40 @@ def test_without_active_experts_or_tokens_the_loss_is_zero():
 def test_shares_and_weights_of_two_shapes_are_an_error():
     with pytest.raises(ValueError, match=r"one shape, got \[1, 3, 4\] and \[1, 3, 2\]"):
         load_balancing(torch.zeros(1, 3, 2), torch.zeros(1, 3, 4))
+
+
+def test_balanced_l1_equals_the_formula_on_one_row():
+    """Sum over experts of (summed weight) · (tokens that use it) · E / (T² · k), as published."""
+    weights = torch.tensor([[[2.0, 0.0, 1.0], [0.0, 0.0, 4.0]]])
+    expected = (2 * 1 + 0 * 0 + 5 * 2) * 3 / (2**2 * 2)
+    assert balanced_l1(weights, num_experts_per_tok=2).item() == pytest.approx(expected)
+
+
+def test_balanced_l1_of_an_even_load_of_k_experts_is_the_plain_l1():
+    weights = torch.tensor([[[3.0, 1.0, 0.0, 0.0], [0.0, 0.0, 2.0, 5.0]]])
+    assert balanced_l1(weights, num_experts_per_tok=2).item() == pytest.approx(l1(weights).item())
+
+
+def test_balanced_l1_pushes_a_busy_expert_harder():
+    weights = torch.tensor([[[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]]]).requires_grad_()
+    balanced_l1(weights, num_experts_per_tok=1).backward()
+    assert weights.grad[0, 0].tolist() == pytest.approx([2 * 1 / 3, 2 * (1 / 3) / 3])
+
+
+def test_balanced_l1_weighs_rows_the_same_and_does_not_count_padding():
+    weights = torch.tensor([[[1.0], [1.0]], [[3.0], [9.0]], [[5.0], [5.0]]])
+    documents = torch.tensor([[0, 0], [0, -1], [-1, -1]])
+    assert balanced_l1(weights, num_experts_per_tok=1, document_ids=documents).item() == pytest.approx((1 + 3) / 2)
+
+
+def test_balanced_l1_gradient_equals_finite_differences():
+    weights = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: balanced_l1(w, num_experts_per_tok=2), weights)
+
+
+def test_balanced_l1_wants_an_expert_per_token():
+    with pytest.raises(ValueError, match="num_experts_per_tok must be at least 1, got 0"):
+        balanced_l1(torch.ones(1, 2, 2), num_experts_per_tok=0)
 
 
 def test_token_balance_equals_the_formula_within_documents():

@@ -69,6 +69,7 @@ def test_any_split_into_micro_batches_gives_the_value_and_gradient_of_the_whole(
                 document_ids=DOCUMENTS[rows],
                 counts=counts,
                 chunk_length=4,
+                num_experts_per_tok=2,
                 sharpness=3.0,
             )
             terms[name].backward()
@@ -86,8 +87,10 @@ def test_any_split_into_micro_batches_gives_the_value_and_gradient_of_the_whole(
 def test_counts_of_the_batch_itself_change_nothing(name):
     routings = [routing(random_logits(2))]
     counts = objective_counts(DOCUMENTS, chunk_length=4)
-    without = objective_terms(routings, [name], document_ids=DOCUMENTS, chunk_length=4)
-    given = objective_terms(routings, [name], document_ids=DOCUMENTS, counts=counts, chunk_length=4)
+    without = objective_terms(routings, [name], document_ids=DOCUMENTS, chunk_length=4, num_experts_per_tok=2)
+    given = objective_terms(
+        routings, [name], document_ids=DOCUMENTS, counts=counts, chunk_length=4, num_experts_per_tok=2
+    )
     torch.testing.assert_close(given[name], without[name])
 
 
@@ -95,8 +98,10 @@ def test_counts_of_the_batch_itself_change_nothing(name):
 def test_one_document_per_row_is_the_default(name):
     routings = [routing(random_logits(3))]
     whole_rows = torch.zeros(4, 16, dtype=torch.long)
-    default = objective_terms(routings, [name], chunk_length=4)
-    torch.testing.assert_close(objective_terms(routings, [name], document_ids=whole_rows, chunk_length=4), default)
+    default = objective_terms(routings, [name], chunk_length=4, num_experts_per_tok=2)
+    torch.testing.assert_close(
+        objective_terms(routings, [name], document_ids=whole_rows, chunk_length=4, num_experts_per_tok=2), default
+    )
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -105,14 +110,20 @@ def test_a_batch_of_padding_gives_zero(name):
     nothing = torch.full((4, 16), -1)
     counts = objective_counts(nothing, chunk_length=4)
     for c in (None, counts):
-        assert objective_terms(routings, [name], document_ids=nothing, counts=c, chunk_length=4)[name].item() == 0.0
+        assert (
+            objective_terms(routings, [name], document_ids=nothing, counts=c, chunk_length=4, num_experts_per_tok=2)[
+                name
+            ].item()
+            == 0.0
+        )
 
 
 def test_terms_are_means_over_layers():
     first, second = routing(random_logits(5)), routing(random_logits(6))
     for name in OBJECTIVES:
         one, two, both = (
-            objective_terms(layers, [name], chunk_length=4)[name] for layers in ([first], [second], [first, second])
+            objective_terms(layers, [name], chunk_length=4, num_experts_per_tok=2)[name]
+            for layers in ([first], [second], [first, second])
         )
         torch.testing.assert_close(both, (one + two) / 2)
 
@@ -120,7 +131,9 @@ def test_terms_are_means_over_layers():
 def test_all_objectives_compile_into_one_graph():
     def total(logits: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
         counts = objective_counts(documents, chunk_length=4)
-        terms = objective_terms([routing(logits)], OBJECTIVES, document_ids=documents, counts=counts, chunk_length=4)
+        terms = objective_terms(
+            [routing(logits)], OBJECTIVES, document_ids=documents, counts=counts, chunk_length=4, num_experts_per_tok=2
+        )
         return sum(terms.values())
 
     eager, compiled = random_logits(7).requires_grad_(), random_logits(7).requires_grad_()
@@ -146,9 +159,11 @@ def test_a_model_without_routing_has_nothing_to_penalise():
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_wrong_shapes_are_errors(name):
     with pytest.raises(ValueError, match=r"shape \[B, T, E\], got \[16, 6\]"):
-        objective_terms([routing(torch.zeros(16, 6))], [name], chunk_length=4)
+        objective_terms([routing(torch.zeros(16, 6))], [name], chunk_length=4, num_experts_per_tok=2)
     with pytest.raises(ValueError, match=r"document_ids must have shape \[4, 16\] as the tokens, got \[4, 8\]"):
-        objective_terms([routing(random_logits(9))], [name], document_ids=DOCUMENTS[:, :8], chunk_length=4)
+        objective_terms(
+            [routing(random_logits(9))], [name], document_ids=DOCUMENTS[:, :8], chunk_length=4, num_experts_per_tok=2
+        )
 
 
 def test_counts_refuse_wrong_input():

@@ -12,6 +12,7 @@ from blockffn.training.coefficients import (
     AdaptiveFactor,
     Coefficient,
     ConstantCoefficient,
+    MultiplicativeController,
     SetPointController,
     make_coefficient,
 )
@@ -182,10 +183,50 @@ def test_a_measurement_that_is_not_a_number_is_skipped():
     assert controller.value(21) == pytest.approx(0.05)
 
 
+def test_the_multiplicative_rule_is_one_factor_a_step_with_a_floor():
+    controller = MultiplicativeController(1e-8, target=80, factor=1.05)
+    values = []
+    for step, tls in enumerate([50.0, 79.9, 80.0, 90.0, 90.0, 10.0], start=1):
+        values.append(controller.value(step) / 1e-8)
+        controller.observe(step, {"tls": tls})
+    # Active above the target share: up; at the target or sparser: down; never below the initial value.
+    assert [*values, controller.value(7) / 1e-8] == pytest.approx([1, 1.05, 1.05**2, 1.05, 1, 1, 1.05])
+
+
+def test_a_multiplicative_interval_moves_by_as_many_steps():
+    controller = MultiplicativeController(1e-3, target=80, factor=1.1, interval=10)
+    controller.observe(10, {"tls": 20.0})
+    assert controller.value(11) == pytest.approx(1e-3 * 1.1**10)
+
+
+def test_the_multiplicative_controller_waits_for_the_warm_up_and_skips_what_is_not_a_number():
+    controller = MultiplicativeController(1e-3, target=80, warmup_steps=4)
+    controller.observe(4, {"tls": 20.0})
+    assert controller.value(2) == pytest.approx(5e-4)
+    controller.observe(5, {"tls": math.nan})
+    assert controller.value(6) == pytest.approx(1e-3)
+    controller.observe(6, {"tls": 20.0})
+    assert controller.value(7) == pytest.approx(1.05e-3)
+
+
+def test_the_multiplicative_controller_brings_a_model_to_its_target():
+    controller = MultiplicativeController(1e-8, target=80, factor=1.05)
+    model = Model(gain=8, lag=20, dead_time=0, start=50.0, noise=0.2)
+    model.start -= 8 * math.log(1e-3 / 0.05)  # 50 % at a coefficient of 1e-3
+    course = []
+    for step in range(1, 2001):
+        sparsity = model.step(controller.value(step))
+        controller.observe(step, {"tls": sparsity})
+        course.append(sparsity)
+    assert sum(course[-500:]) / 500 == pytest.approx(80, abs=1)
+    assert all(abs(s - 80) < 10 for s in course[-500:])
+
+
 @pytest.mark.parametrize(
     "spec",
     [
         {"kind": "constant", "value": 0.1, "warmup_steps": 50},
+        {"kind": "multiplicative", "initial": 1e-8, "target": 50, "interval": 5},
         {"kind": "adaptive", "initial": 0.05, "hold_steps": 20, "adjust_every": 10},
         {"kind": "adaptive", "initial": 0.05, "rule": "reference", "hold_steps": 20, "adjust_every": 10},
         {"kind": "set_point", "initial": 0.05, "target": 80, "interval": 10, "target_ramp_steps": 100},
@@ -233,6 +274,10 @@ def test_what_is_observed_must_be_measured():
         ({"kind": "adaptive", "initial": 1.0, "max_factor": 0.5}, "max_factor must be at least 1, got 0.5"),
         ({"kind": "adaptive", "initial": 1.0, "adjust_every": 0}, "adjust_every must be at least 1, got 0"),
         ({"kind": "adaptive", "initial": 1.0, "warmup_steps": 2000}, r"hold_steps \(1000\) must cover warmup_steps"),
+        ({"kind": "multiplicative", "initial": 0.0, "target": 80}, "initial must be positive, got 0.0"),
+        ({"kind": "multiplicative", "initial": 1.0, "target": 80, "factor": 1.0}, "factor must be above 1, got 1.0"),
+        ({"kind": "multiplicative", "initial": 1.0, "target": 80, "interval": 0}, "interval must be at least 1, got 0"),
+        ({"kind": "multiplicative", "initial": 1.0, "target": 0.8}, r"got 0.8 \(80 % is 80, not 0.8\)"),
         ({"kind": "set_point", "initial": 1.0, "target": 0.8}, r"got 0.8 \(80 % is 80, not 0.8\)"),
         ({"kind": "set_point", "initial": 1.0, "target": 100}, "below 100; got 100"),
         ({"kind": "set_point", "initial": -1.0, "target": 80}, "initial must be positive, got -1.0"),

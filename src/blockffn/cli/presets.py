@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,7 +23,7 @@ def presets(
     from rich.table import Table
 
     from blockffn.metrics.cost import parameter_counts
-    from blockffn.presets import METHODS, RECIPES, SIZES, preset_config
+    from blockffn.presets import METHODS, RECIPES, SIZES, objective_terms_of, preset_config
 
     check_json(json_path)
     rows = []
@@ -44,7 +44,19 @@ def presets(
             "steps": recipe["steps"],
             "tokens_per_step": recipe["batch_size"] * recipe["data"]["sequence_length"],
         })  # fmt: skip
-    write_json(json_path, {"sizes": rows, "methods": sorted(METHODS)})
+    methods: list[dict[str, Any]] = []
+    for method in METHODS:
+        config = preset_config("mini", method)
+        objectives = [
+            f"{name} ({spec['kind'].replace('_', ' ')})" for name, spec in objective_terms_of("mini", method).items()
+        ]
+        methods.append({
+            "method": method,
+            "router": config.router_type if config.ffn_type == "moe" else None,
+            "shared_experts": config.num_shared_experts,
+            "objectives": objectives,
+        })  # fmt: skip
+    write_json(json_path, {"sizes": rows, "methods": methods})
     table = Table(title="Sizes", title_justify="left", header_style="bold", box=SIMPLE_HEAD)
     headings = ("size", "weights", "+ vocab", "layers", "hidden", "attention", "experts", "tokens")
     for heading in headings:
@@ -58,7 +70,14 @@ def presets(
     console = Console()
     console.print(table)
     console.print("weights: without embeddings; + vocab: with them; experts: number × width; tokens: of the recipe.")
-    console.print(f"Methods: {', '.join(sorted(METHODS))}.")
+    by_method = Table(title="Methods", title_justify="left", header_style="bold", box=SIMPLE_HEAD)
+    for heading in ("method", "router", "shared experts", "penalties (coefficient, at mini)"):
+        by_method.add_column(heading, justify="right" if heading == "shared experts" else "left")
+    for row in methods:
+        by_method.add_row(
+            row["method"], row["router"] or "none", str(row["shared_experts"] or ""), ", ".join(row["objectives"])
+        )
+    console.print(by_method)
     console.print("Use: blockffn train --preset nano --method blockffn --data FOLDER --out FOLDER", style="dim")
 
 

@@ -87,7 +87,7 @@ def evaluate(
     meter = None
     if config.ffn_type != "dense":
         meter = SparsityMeter(
-            config.num_hidden_layers,
+            config.num_moe_layers,
             config.num_experts,
             windows=WINDOWS,
             reference_counting=reference_counting,

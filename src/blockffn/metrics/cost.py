@@ -18,10 +18,10 @@ class ParameterCounts:
     Attributes:
         embedding: the input table; with tied embeddings also the language-model head, whose own count is then 0.
         attention: projections, and the norms of MLA's latents.
-        router: projections, and the router's norm.
+        router: projections, and the router's norm or scale.
         experts: all experts of all layers.
-        dense_ffn: the gated feed-forward network of the dense control.
-        norms: layer norms and the final norm.
+        dense_ffn: the gated feed-forward networks of the dense control and of DECO's first layer.
+        norms: layer norms, the final norm, and NormSiLU's.
         lm_head: the language-model head.
     """
 
@@ -46,17 +46,19 @@ class ParameterCounts:
 def parameter_counts(config: BlockFFNConfig) -> ParameterCounts:
     """Parameters of the model that `config` describes, to the unit."""
     d, layers, experts = config.hidden_size, config.num_hidden_layers, config.num_experts
+    moe_layers = config.num_moe_layers
     table = config.vocab_size * d
-    moe = config.ffn_type == "moe"
-    router = experts * d + (experts if config.router_type == "relu_rmsnorm" else 0)
+    routed = experts - config.num_shared_experts
+    router = routed * d + (routed if config.router_type in ("relu_rmsnorm", "relu_scaled") else 0)
+    expert_norm = config.moe_intermediate_size if config.expert_activation == "norm_silu" else 0
     matrices_per_expert = 3 if config.expert_gated else 2
     return ParameterCounts(
         embedding=table,
         attention=layers * _attention_parameters(config),
-        router=layers * router if moe else 0,
-        experts=layers * experts * matrices_per_expert * config.moe_intermediate_size * d if moe else 0,
-        dense_ffn=0 if moe else layers * 3 * config.intermediate_size * d,
-        norms=(2 * layers + 1) * d,
+        router=moe_layers * router,
+        experts=moe_layers * experts * matrices_per_expert * config.moe_intermediate_size * d,
+        dense_ffn=(layers - moe_layers) * 3 * config.intermediate_size * d,
+        norms=(2 * layers + 1) * d + moe_layers * expert_norm,
         lm_head=0 if config.tie_word_embeddings else table,
     )
 
@@ -155,8 +157,9 @@ def _latent_norm_parameters(config: BlockFFNConfig) -> int:
 def _matrix_parameters(config: BlockFFNConfig) -> int:
     """Weights of all layers' matrices that every token multiplies with, experts excluded."""
     attention = _attention_parameters(config) - _latent_norm_parameters(config)
-    router = config.num_experts * config.hidden_size if config.ffn_type == "moe" else 0
-    return config.num_hidden_layers * (attention + router) + parameter_counts(config).dense_ffn
+    router = (config.num_experts - config.num_shared_experts) * config.hidden_size
+    dense_ffn = parameter_counts(config).dense_ffn
+    return config.num_hidden_layers * attention + config.num_moe_layers * router + dense_ffn
 
 
 def _active_share(tls_percent: float | None) -> float:

@@ -26,12 +26,13 @@ from blockffn.models.packed_attention import NAME as PACKED_ATTENTION
 from blockffn.models.packed_attention import document_offsets as offsets_of
 from blockffn.models.rotary import RotaryEmbedding
 from blockffn.models.routers import make_router
+from blockffn.models.routers.relu import ExpertScale
 from blockffn.routing import Routing
 
 
 @dataclass
 class BlockFFNModelOutput(BaseModelOutputWithPast):
-    """Output of the decoder. `routings` holds one `Routing` per layer if asked for with `output_routing=True`."""
+    """Output of the decoder. `routings`, if asked for with `output_routing=True`: one per layer with experts."""
 
     routings: tuple[Routing, ...] | None = None
 
@@ -53,7 +54,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.self_attn = make_attention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: nn.Module
-        if config.ffn_type == "dense":
+        if config.ffn_type == "dense" or layer_idx < config.first_k_dense_replace:
             self.mlp = GatedFFN(config.hidden_size, config.intermediate_size)
         else:
             self.mlp = BlockFFN(
@@ -61,7 +62,10 @@ class DecoderLayer(GradientCheckpointingLayer):
                 config.num_experts,
                 config.moe_intermediate_size,
                 router=make_router(config),
+                num_shared_experts=config.num_shared_experts,
                 expert_gated=config.expert_gated,
+                expert_activation=config.expert_activation,
+                eps=config.rms_norm_eps,
             )
 
     def forward(self, x: Tensor, **attention_kwargs: Any) -> tuple[Tensor, Tensor | None, Routing | None]:
@@ -102,6 +106,8 @@ class BlockFFNPreTrainedModel(PreTrainedModel):
                 init.normal_(weight, std=std)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
+        elif isinstance(module, ExpertScale):
+            init.constant_(module.weight, module.initial)
 
 
 class BlockFFNModel(BlockFFNPreTrainedModel):
@@ -141,7 +147,7 @@ class BlockFFNModel(BlockFFNPreTrainedModel):
                 within a document and positions restart at each. Excludes `attention_mask` and a cache.
             document_offsets: `packed_attention.document_offsets(document_ids)`, for the attention implementation
                 `packed`, which otherwise waits for the device to find it.
-            output_routing: return one `Routing` per layer.
+            output_routing: return one `Routing` per layer with experts.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -180,7 +186,8 @@ class BlockFFNModel(BlockFFNPreTrainedModel):
                 **kwargs,
             )
             attentions.append(attention)
-            routings.append(routing)
+            if routing is not None:
+                routings.append(routing)
         x = self.norm(x)
         states.append(x)
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from blockffn.models.experts import RoutedExperts
 from blockffn.models.routers.relu_rmsnorm import ReLURMSNormRouter
+from blockffn.models.routers.shared import with_shared_experts
 from blockffn.routing import Routing
 
 
@@ -14,10 +15,13 @@ class BlockFFN(nn.Module):
 
     Args:
         hidden_size: D, width of the tokens.
-        num_experts: E.
+        num_experts: E, shared ones included.
         moe_intermediate_size: F, width of one expert.
-        router: any module that maps `[..., D]` to a `Routing`; default the paper's `RMSNorm(ReLU(W x))`.
+        router: any module that maps `[..., D]` to a `Routing` of the experts that are not shared; default the paper's
+            `RMSNorm(ReLU(W x))`.
+        num_shared_experts: the first so many experts are active for every token, with weight 1.
         expert_gated: gated experts (an ablation; they lose most of the sparsity).
+        expert_activation: `silu` or `norm_silu`.
         eps: epsilon of the default router's norm.
 
     `forward(x)` takes tokens `[..., D]` and returns `(y [..., D], Routing of [..., E])`. Penalise the routing with the
@@ -35,7 +39,9 @@ class BlockFFN(nn.Module):
         moe_intermediate_size: int,
         *,
         router: nn.Module | None = None,
+        num_shared_experts: int = 0,
         expert_gated: bool = False,
+        expert_activation: str = "silu",
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
@@ -43,15 +49,23 @@ class BlockFFN(nn.Module):
                             ("moe_intermediate_size", moe_intermediate_size)):  # fmt: skip
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self.router = router if router is not None else ReLURMSNormRouter(hidden_size, num_experts, eps=eps)
-        self.routed_experts = RoutedExperts(hidden_size, num_experts, moe_intermediate_size, gated=expert_gated)
+        if not 0 <= num_shared_experts < num_experts:
+            raise ValueError(f"num_shared_experts must lie in 0…{num_experts - 1}, got {num_shared_experts}")
+        self.num_shared_experts = num_shared_experts
+        if router is None:
+            router = ReLURMSNormRouter(hidden_size, num_experts - num_shared_experts, eps=eps)
+        self.router = router
+        self.routed_experts = RoutedExperts(
+            hidden_size, num_experts, moe_intermediate_size, gated=expert_gated, activation=expert_activation, eps=eps
+        )
         self.reset_parameters(hidden_size**-0.5)
 
     def reset_parameters(self, std: float) -> None:
-        """Draw all matrices from a normal distribution of standard deviation `std`; norm scales are 1."""
+        """Draw all matrices from a normal distribution of standard deviation `std`; scales stay at their start."""
         for parameter in self.parameters():
-            nn.init.normal_(parameter, std=std) if parameter.ndim > 1 else nn.init.ones_(parameter)
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=std)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        routing = self.router(x)
+        routing = with_shared_experts(self.router(x), self.num_shared_experts)
         return self.routed_experts(x, routing.weights), routing

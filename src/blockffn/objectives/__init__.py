@@ -9,6 +9,7 @@ Nothing waits for the device, and all of it compiles without graph breaks.
 | `activation_locality` | logits | pairs |
 | `chunk_sparsification` | shares | chunks |
 | `l1` | weights | tokens |
+| `balanced_l1` | weights | rows |
 | `router_entropy` | shares | tokens |
 | `load_balancing` | shares, weights | rows |
 | `token_balance` | logits | pairs |
@@ -17,13 +18,14 @@ Nothing waits for the device, and all of it compiles without graph breaks.
 from blockffn.objectives.activation_locality import activation_locality
 from blockffn.objectives.chunk_sparsification import chunk_sparsification
 from blockffn.objectives.counts import objective_counts
-from blockffn.objectives.load_balancing import load_balancing, token_balance
+from blockffn.objectives.load_balancing import balanced_l1, load_balancing, token_balance
 from blockffn.objectives.registry import OBJECTIVES, objective_terms
 from blockffn.objectives.router_regularization import l1, router_entropy
 
 __all__ = [
     "OBJECTIVES",
     "activation_locality",
+    "balanced_l1",
     "chunk_sparsification",
     "l1",
     "load_balancing",

@@ -1,4 +1,4 @@
-"""Balance: of load between experts, and of activity between neighbouring tokens."""
+"""Balance: of load between experts, alone or within an L1 penalty, and of activity between neighbouring tokens."""
 
 from __future__ import annotations
 
@@ -35,20 +35,56 @@ def load_balancing(
     check_layout(shares, document_ids)
     if weights.shape != shares.shape:
         raise ValueError(f"weights and shares must have one shape, got {list(weights.shape)} and {list(shares.shape)}")
-    active, shares = weights != 0, full_precision(shares)
-    rows = None
-    if document_ids is None:
-        mean_shares_BE = shares.sum(dim=1) / max(shares.shape[1], 1)
-    else:
-        valid = valid_tokens(document_ids)
-        rows = valid.any(dim=1)
-        active = active & valid.unsqueeze(-1)
-        num_tokens = valid.sum(dim=1, keepdim=True).clamp(min=1)
-        mean_shares_BE = torch.where(valid.unsqueeze(-1), shares, 0).sum(dim=1) / num_tokens
-    num_active_BE = active.sum(dim=1)
-    load_BE = num_active_BE / num_active_BE.sum(dim=1, keepdim=True).clamp(min=1)
+    mean_shares_BE, active_BE, rows = _row_means(full_precision(shares), weights != 0, document_ids)
+    load_BE = active_BE / active_BE.sum(dim=1, keepdim=True).clamp(min=torch.finfo(active_BE.dtype).tiny)
     losses = shares.shape[-1] * (mean_shares_BE * load_BE).sum(dim=-1)
     return masked_mean(losses, rows, normalizer)
+
+
+def balanced_l1(
+    weights: Tensor,
+    *,
+    num_experts_per_tok: int,
+    document_ids: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    """ReMoE's L1 penalty with load balancing (arXiv 2412.14711): busy experts pay more for their weight.
+
+    Mean over rows of `(E / k) · sum_i mean_tokens(|weights_i|) · mean_tokens(weights_i != 0)`. With k active experts a
+    token and an even load this is the mean over tokens of `sum_i |weights_i|`, the plain L1 penalty. The second factor
+    carries no gradient. As in `load_balancing`, the product is taken per row and not per micro-batch.
+
+    Args:
+        weights: `[B, T, E]`, what multiplies the experts.
+        num_experts_per_tok: k, the number of active experts that is aimed at.
+        document_ids: `[B, T]`, -1 for padding; `None`: no padding.
+        normalizer: number of rows (with a token) of the whole optimisation step; `None`: of this batch.
+
+    Returns:
+        0-d float32 (float64 for float64 weights); 0 if there is no token.
+
+    Raises:
+        ValueError: wrong shapes, or k below 1.
+    """
+    check_layout(weights, document_ids)
+    if num_experts_per_tok < 1:
+        raise ValueError(f"num_experts_per_tok must be at least 1, got {num_experts_per_tok}")
+    mean_weights_BE, active_BE, rows = _row_means(full_precision(weights).abs(), weights != 0, document_ids)
+    losses = weights.shape[-1] / num_experts_per_tok * (mean_weights_BE * active_BE).sum(dim=-1)
+    return masked_mean(losses, rows, normalizer)
+
+
+def _row_means(values: Tensor, active: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Means over the tokens of each row, `[B, E]`, of `values` and of `active`, and `[B]` which rows have a token."""
+    if document_ids is None:
+        num_tokens = max(values.shape[1], 1)
+        return values.sum(dim=1) / num_tokens, active.sum(dim=1).to(values.dtype) / num_tokens, None
+    valid = valid_tokens(document_ids)
+    num_tokens_B1 = valid.sum(dim=1, keepdim=True).clamp(min=1)
+    valid_BT1 = valid.unsqueeze(-1)
+    mean_values = torch.where(valid_BT1, values, 0).sum(dim=1) / num_tokens_B1
+    mean_active = (active & valid_BT1).sum(dim=1).to(values.dtype) / num_tokens_B1
+    return mean_values, mean_active, valid.any(dim=1)
 
 
 def token_balance(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from blockffn.presets import METHODS, RECIPES, SIZES, did_you_mean
+from blockffn.presets import RECIPES, did_you_mean, objective_terms_of
 from blockffn.settings import from_dict, merge
 from blockffn.training.coefficients import make_coefficient
 
@@ -153,13 +153,9 @@ def train_settings(size: str, method: str = "blockffn", changes: dict[str, Any] 
     Raises:
         ValueError: unknown size, method or setting, with the nearest valid name.
     """
-    for kind, name, table in (("size", size, SIZES), ("method", method, METHODS)):
-        if name not in table:
-            raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, table)}")
+    terms = objective_terms_of(size, method)
     values = merge({"size": size, "method": method}, RECIPES[size])
-    if METHODS[method]["ffn_type"] == "dense":
-        values = merge(values, {"objectives": {"terms": {}}})
-        values["objectives"]["terms"] = {}
+    values["objectives"] = {**values["objectives"], "terms": terms}
     return changed_settings(values, changes or {})
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from blockffn.configuration import BlockFFNConfig
 from blockffn.objectives import objective_counts, objective_terms
 from blockffn.training.coefficients import make_coefficient
 from blockffn.training.config import ObjectiveSettings
@@ -66,6 +67,7 @@ class BlockFFNTrainer(Trainer):
         self._add("language_model_loss", loss)
         if document_ids is None:
             document_ids = torch.zeros_like(labels)
+        config = cast(BlockFFNConfig, self.model.config)  # type: ignore[union-attr]  # Trainer has refused None
         terms = objective_terms(
             outputs.routings or (),
             list(self.coefficients),
@@ -73,6 +75,8 @@ class BlockFFNTrainer(Trainer):
             counts=objective_counts(document_ids, chunk_length=self.objectives.chunk_length),
             chunk_length=self.objectives.chunk_length,
             sharpness=self.objectives.sharpness,
+            num_shared_experts=config.num_shared_experts,
+            num_experts_per_tok=config.num_experts_per_tok,
         )
         for name, term in terms.items():
             self._add(name, term)

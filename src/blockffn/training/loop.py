@@ -114,8 +114,9 @@ def _train(
     statistics = StepStatistics(
         names + (["active", "active_in_windows", "num_windows"] if is_moe else []),
         keep=max(settings.log_every, *(c.interval or 0 for c in coefficients.values()), 1),
-        num_layers=config.num_hidden_layers,
+        num_layers=config.num_moe_layers,
         num_experts=config.num_experts if is_moe else 0,
+        num_shared_experts=config.num_shared_experts,
         world=world,
     )
 

@@ -40,9 +40,19 @@ class StepStatistics:
     are saved with a checkpoint, so that a resumed run logs and decides as an uninterrupted one.
     """
 
-    def __init__(self, names: Sequence[str], *, keep: int, num_layers: int, num_experts: int, world: World) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        keep: int,
+        num_layers: int,
+        num_experts: int,
+        world: World,
+        num_shared_experts: int = 0,
+    ) -> None:
         self.names = list(names)
         self.keep, self.num_layers, self.num_experts, self.world = keep, num_layers, num_experts, world
+        self.num_shared_experts = num_shared_experts
         self.history: list[dict[str, float]] = []
         self._pending: list[Tensor] = []
         self._loads = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=world.device)
@@ -78,8 +88,8 @@ class StepStatistics:
         return {name: sum(r[name] for r in recent if name in r) / len(recent) for name in recent[-1]}
 
     def take_loads(self) -> list[list[int]]:
-        """Tokens per layer and expert since the last call, over all ranks."""
-        loads = self.world.sum(self._loads.clone()).tolist()
+        """Tokens per layer and expert that is routed to (shared experts have every token) since the last call."""
+        loads = self.world.sum(self._loads[:, self.num_shared_experts :].clone()).tolist()
         self._loads.zero_()
         return loads
 

@@ -90,7 +90,18 @@ class TrainingModel(nn.Module):
         loss = loss / counts["num_targets"].clamp_min(1)
         if not routings:
             return MicroBatchLoss(loss, {})
-        layers = [self.measure_layer(routing, document_ids, counts, self.objectives) for routing in routings]
+        config = self.model.config
+        layers = [
+            self.measure_layer(
+                routing,
+                document_ids,
+                counts,
+                self.objectives,
+                num_shared_experts=config.num_shared_experts,
+                num_experts_per_tok=config.num_experts_per_tok,
+            )
+            for routing in routings
+        ]
         return MicroBatchLoss(
             loss,
             {name: torch.stack([layer[0][name] for layer in layers]).mean() for name in self.objectives.terms},
@@ -124,7 +135,13 @@ class TrainingModel(nn.Module):
 
 
 def _measure_layer(
-    routing: Routing, document_ids: Tensor, counts: dict[str, Tensor], objectives: ObjectiveSettings
+    routing: Routing,
+    document_ids: Tensor,
+    counts: dict[str, Tensor],
+    objectives: ObjectiveSettings,
+    *,
+    num_shared_experts: int,
+    num_experts_per_tok: int,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """A layer's objectives by name, and its `layer_counts`."""
     terms = objective_terms(
@@ -134,5 +151,7 @@ def _measure_layer(
         counts=counts,
         chunk_length=objectives.chunk_length,
         sharpness=objectives.sharpness,
+        num_shared_experts=num_shared_experts,
+        num_experts_per_tok=num_experts_per_tok,
     )
     return terms, *layer_counts(routing.weights.detach(), document_ids)

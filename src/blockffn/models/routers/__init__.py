@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from blockffn.configuration import BlockFFNConfig
+from blockffn.models.routers.relu import ReLURouter
 from blockffn.models.routers.relu_rmsnorm import ReLURMSNormRouter
+from blockffn.models.routers.sparsemixer import SparseMixerRouter
+from blockffn.models.routers.topk import TopKRouter
+
+# Where DECO's published training code starts the factor of each expert.
+DECO_INITIAL_SCALE = 0.1
 
 
 def make_router(config: BlockFFNConfig) -> nn.Module:
-    """The router that `config.router_type` names."""
+    """The router that `config.router_type` names, over the experts that are not shared."""
+    sizes = (config.hidden_size, config.num_experts - config.num_shared_experts)
+    num_chosen = config.num_experts_per_tok - config.num_shared_experts
+    projection: dict[str, Any] = {"dtype": config.router_dtype, "initializer_range": config.router_initializer_range}
     match config.router_type:
-        case "relu_rmsnorm" | "relu":
-            return ReLURMSNormRouter(
-                config.hidden_size,
-                config.num_experts,
-                eps=config.rms_norm_eps,
-                use_norm=config.router_type == "relu_rmsnorm",
-            )
+        case "relu_rmsnorm":
+            return ReLURMSNormRouter(*sizes, eps=config.rms_norm_eps, **projection)
+        case "relu":
+            return ReLURouter(*sizes, **projection)
+        case "relu_scaled":
+            return ReLURouter(*sizes, initial_scale=DECO_INITIAL_SCALE, **projection)
+        case "topk":
+            return TopKRouter(*sizes, num_chosen, **projection)
+        case "sparsemixer":
+            return SparseMixerRouter(*sizes, num_chosen, jitter_noise=config.router_jitter_noise, **projection)
     raise ValueError(f"unknown router_type {config.router_type!r}")

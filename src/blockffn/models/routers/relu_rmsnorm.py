@@ -6,11 +6,12 @@ The norm learns the magnitude, so that penalties on the pattern do not shrink wh
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blockffn.models.normalization import RMSNorm
+from blockffn.models.routers.projection import RouterProjection
+from blockffn.models.routers.relu import shares_of
 from blockffn.routing import Routing
 
 
@@ -18,19 +19,24 @@ class ReLURMSNormRouter(nn.Module):
     """Maps tokens `[..., D]` to a `Routing` of `[..., E]` in float32, whatever the dtype of the tokens.
 
     Args:
-        use_norm: `False` multiplies experts by the bare ReLU output, the paper's ablation without the norm.
+        eps: epsilon of the norm.
+        dtype, initializer_range: of the projection, see `RouterProjection`.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, *, eps: float = 1e-5, use_norm: bool = True) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        eps: float = 1e-5,
+        dtype: str = "model",
+        initializer_range: float | None = None,
+    ) -> None:
         super().__init__()
-        self.proj = nn.Linear(hidden_size, num_experts, bias=False)
-        self.norm = RMSNorm(num_experts, eps=eps) if use_norm else None
+        self.proj = RouterProjection(hidden_size, num_experts, dtype=dtype, initializer_range=initializer_range)
+        self.norm = RMSNorm(num_experts, eps=eps)
 
     def forward(self, x: Tensor) -> Routing:
-        logits = self.proj(x).float()
+        logits = self.proj(x)
         activated = F.relu(logits)
-        # bf16 is too coarse for shares near 1, and the norm's variance needs float32 anyway.
-        total = activated.sum(dim=-1, keepdim=True)
-        shares = activated / total.clamp_min(torch.finfo(torch.float32).tiny)
-        weights = activated if self.norm is None else self.norm(activated)
-        return Routing(logits=logits, shares=shares, weights=weights)
+        return Routing(logits=logits, shares=shares_of(activated), weights=self.norm(activated))

@@ -11,15 +11,12 @@ from blockffn.models.moe import BlockFFN
 from blockffn.models.routers.relu_rmsnorm import ReLURMSNormRouter
 
 
-def router_with(
-    logits: list[float], scale: list[float], *, use_norm: bool = True
-) -> tuple[ReLURMSNormRouter, torch.Tensor]:
+def router_with(logits: list[float], scale: list[float]) -> tuple[ReLURMSNormRouter, torch.Tensor]:
     """A router whose logits for the token `[1]` are as given."""
-    router = ReLURMSNormRouter(1, len(logits), use_norm=use_norm)
+    router = ReLURMSNormRouter(1, len(logits))
     with torch.no_grad():
         router.proj.weight.copy_(torch.tensor(logits)[:, None])
-        if router.norm is not None:
-            router.norm.weight.copy_(torch.tensor(scale))
+        router.norm.weight.copy_(torch.tensor(scale))
     return router, torch.ones(1, 1)
 
 
@@ -48,11 +45,6 @@ def test_a_negative_learned_scale_keeps_its_expert_active() -> None:
     weights = router(x).weights[0]
     assert weights[0] == -weights[1]
     assert (weights != 0).all()
-
-
-def test_without_the_norm_weights_are_the_bare_relu() -> None:
-    router, x = router_with([3.0, -2.0], [1.0, 1.0], use_norm=False)
-    assert router(x).weights[0].tolist() == [3.0, 0.0]
 
 
 def test_routing_is_float32_for_bfloat16_tokens() -> None:
