@@ -19,7 +19,7 @@ from blockffn.evaluation.tasks import FOLDER, records
 from blockffn.evaluation.zero_shot import zero_shot
 from tests.models.conftest import tiny_model
 
-WORDS = "the cat dogs walks walk old and slept while nobody was looking at them again today".split()
+WORDS = ["the", "cat", "dogs", "walks", "walk", "old", "and", "slept", "while", "nobody", "was", "looking", "at", "them", "again", "today"]
 
 
 def sentence(seed: int, length: int) -> str:
@@ -81,7 +81,10 @@ _Tagged.add_constructor("!function", lambda loader, node: loader.construct_scala
 
 def test_every_task_file_is_in_the_package_and_names_our_loader() -> None:
     tasks = {p.name: yaml.load(p.read_text(), _Tagged) for p in FOLDER.glob("*yaml")}
-    assert {t["task"] for t in tasks.values() if isinstance(t.get("task"), str)} >= {"blockffn_lambada", "blockffn_books"}
+    assert {t["task"] for t in tasks.values() if isinstance(t.get("task"), str)} >= {
+        "blockffn_lambada",
+        "blockffn_books",
+    }
     assert set(tasks["blimp.yaml"]["task"]) == {t["task"] for name, t in tasks.items() if name.startswith("blimp_")
                                                 and "task" in t}  # fmt: skip
     for name in ("blimp_template_yaml", "lambada.yaml", "books.yaml"):

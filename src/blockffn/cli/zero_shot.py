@@ -17,7 +17,8 @@ def register(app: typer.Typer) -> None:
 def zero_shot(
     path: Annotated[Path, typer.Argument(help="Folder of a run, or of any Hugging Face model.", show_default=False)],
     task: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FILE", help="blimp=FILE or lambada=FILE: JSON lines, plain or .xz.")
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="blimp=FILE or lambada=FILE: JSON lines, plain or .xz."),
     ] = None,
     tasks_dir: Annotated[Path | None, typer.Option(help="Folder with blimp.jsonl.xz and lambada.jsonl.xz.")] = None,
     limit: Annotated[int | None, typer.Option(help="First so many pairs of a paradigm, or passages.")] = None,
@@ -48,9 +49,7 @@ def zero_shot(
     model, tokenizer = load_any(path, device=device)
     kind = next(model.parameters()).device.type
     precision = precision or ("bfloat16" if kind == "cuda" else "float32")
-    results = run_tasks(
-        model, tokenizer, files, limit=limit, precision=precision, target_delimiter=target_delimiter
-    )
+    results = run_tasks(model, tokenizer, files, limit=limit, precision=precision, target_delimiter=target_delimiter)
     values: dict[str, Any] = {
         "model": str(path),
         "device": kind,

@@ -38,9 +38,7 @@ class Scores:
     greedy: NDArray[np.bool_]
 
 
-def encode_continuations(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
-) -> list[Continuation]:
+def encode_continuations(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[Continuation]:
     """Encode pairs of context (may be empty) and continuation.
 
     Raises:

@@ -22,7 +22,9 @@ def main() -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
-        raise UserFacingError(f"lm-evaluation-harness cannot be imported ({error}): pip install 'blockffn[eval]'") from None
+        raise UserFacingError(
+            f"lm-evaluation-harness cannot be imported ({error}): pip install 'blockffn[eval]'"
+        ) from None
     sys.argv[1:] = arguments(sys.argv[1:])
     cli_evaluate()
 
