@@ -19,7 +19,22 @@ from blockffn.evaluation.tasks import FOLDER, records
 from blockffn.evaluation.zero_shot import zero_shot
 from tests.models.conftest import tiny_model
 
-WORDS = ["the", "cat", "dogs", "walks", "walk", "old", "and", "slept", "while", "nobody", "was", "looking", "at", "them", "again", "today"]
+WORDS = [
+    "the",
+    "cat",
+    "dogs",
+    "walks",
+    "walk",
+    "old",
+    "and",
+    "slept",
+    "while",
+    "nobody",
+    "was",
+    "looking",
+    "at",
+    "them",
+]
 
 
 def sentence(seed: int, length: int) -> str:
@@ -45,9 +60,10 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_our_scores_are_those_of_the_harness(folder: Path) -> None:
     pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'blockffn[eval]'")
-    command = [sys.executable, "-m", "blockffn.evaluation.lm_eval", "--model", "hf", "--model_args",
-               f"pretrained={folder / 'model'},dtype=float32", "--tasks", "blockffn_blimp,blockffn_lambada,blockffn_books",
-               "--device", "cpu", "--batch_size", "7", "--output_path", str(folder / "out")]  # fmt: skip
+    command = [sys.executable, "-m", "blockffn.evaluation.lm_eval", "--model", "hf", "--device", "cpu",
+               "--model_args", f"pretrained={folder / 'model'},dtype=float32", "--batch_size", "7",
+               "--tasks", "blockffn_blimp,blockffn_lambada,blockffn_books",
+               "--output_path", str(folder / "out")]  # fmt: skip
     environment = {**os.environ, "BLOCKFFN_EVAL_DATA": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr

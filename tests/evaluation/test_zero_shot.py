@@ -87,7 +87,8 @@ def test_the_last_word_is_what_follows_the_last_space() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     pairs = [{"sentence_good": f"the cat {w}", "sentence_bad": f"cat the {w}", "UID": uid, "field": field}
-             for w, uid, field in [("sat", "a", "syntax"), ("walk", "a", "syntax"), ("mat", "b", "syntax/semantics")]]  # fmt: skip
+             for w, uid, field in (("sat", "a", "syntax"), ("walk", "a", "syntax"),
+                                   ("mat", "b", "syntax/semantics"))]  # fmt: skip
     (tmp_path / "blimp.jsonl.xz").write_bytes(lzma.compress("\n".join(map(json.dumps, pairs)).encode()))
     (tmp_path / "lambada.jsonl").write_text(
         "\n".join(json.dumps({"text": t}) for t in ("the cat sat", "and the dogs walk"))

@@ -57,7 +57,7 @@ def analyze(
     precision: str = "float32",
     num_trees: int = 0,
 ) -> dict[str, Any]:
-    """Plain data about a model's routing; shares in percent. `blockffn.reporting.evidence` makes tables and figures of it.
+    """Plain data about a model's routing, shares in percent; `blockffn.reporting.evidence` makes tables of it.
 
     Args:
         classes: `[V]`, index into `token_classes.CLASSES` of each id.
@@ -143,7 +143,7 @@ def _by_layer(numbers: list[int], report: SparsityReport, counters: TokenCounter
 
 
 def _by_window(report: SparsityReport) -> list[dict[str, float]]:
-    """CLS beside what routing without memory would give: at the same TLS, and with each expert used as often as it is."""
+    """CLS beside what routing without memory gives: at the same TLS, and with each expert used as often as it is."""
     use = np.array(report.expert_use) / 100
     return [
         {

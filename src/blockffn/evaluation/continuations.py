@@ -1,9 +1,9 @@
 """Log-likelihoods of many short continuations under any causal language model with logits.
 
-Follows the conventions of EleutherAI's lm-evaluation-harness, so that the numbers are the same: a text without context is
-encoded without special tokens after the tokenizer's BOS token (EOS where there is none); otherwise context and
-continuation are encoded together, with the special tokens that the tokenizer adds by itself, and cut where the context
-alone ends; spaces at the end of a context belong to its continuation; what is too long loses its left end.
+Follows the conventions of EleutherAI's lm-evaluation-harness, so that the numbers are the same. A text without context
+is encoded without special tokens and stands behind the tokenizer's BOS token (EOS where there is none). Otherwise
+context and continuation are encoded together, with the special tokens that the tokenizer adds by itself, and cut where
+the context alone ends; spaces at the end of a context belong to its continuation. What is too long loses its left end.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def score_continuations(
     """
     device = next(model.parameters()).device
     if batch_tokens is None:
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = int(model.get_input_embeddings().weight.size(0))  # type: ignore[operator]
         batch_tokens = min(MAX_BATCH_TOKENS, LOGIT_BYTES.get(device.type, 1 << 27) // (4 * vocabulary))
     limit = context_length(model)
     total = torch.zeros(len(continuations), dtype=torch.float64, device=device)
@@ -148,4 +148,4 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bo
     if not texts:
         return []
     options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-    return list(tokenizer(texts, add_special_tokens=special, **options)["input_ids"])  # type: ignore[arg-type]
+    return list(tokenizer(texts, add_special_tokens=special, **options)["input_ids"])

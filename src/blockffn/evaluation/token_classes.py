@@ -27,9 +27,16 @@ CLASSES = (
     "special",
 )
 _FUNCTION_WORDS = frozenset(
-    ["a", "an", "the", "this", "that", "these", "those", "and", "or", "but", "nor", "so", "yet", "if", "then", "than", "as", "of", "at", "by", "for", "from", "in", "into", "on", "onto", "to", "with", "without", "about", "after", "before", "over", "under", "between", "through", "up", "down", "out", "off", "i", "me", "my", "mine", "we", "us", "our", "you", "your", "he", "him", "his", "she", "her", "it", "its", "they", "them", "their", "who", "whom", "whose", "which", "what", "is", "am", "are", "was", "were", "be", "been", "being", "do", "does", "did", "have", "has", "had", "will", "would", "shall", "should", "can", "could", "may", "might", "must", "not", "no", "there", "here", "when", "where", "while", "because"]
+    word
+    for line in (
+        "a an the this that these those and or but nor so yet if then than as of at by for from in into on onto to",
+        "with without about after before over under between through up down out off i me my mine we us our you your",
+        "he him his she her it its they them their who whom whose which what is am are was were be been being do does",
+        "did have has had will would shall should can could may might must not no there here when where while because",
+    )
+    for word in line.split()
 )
-_KEYWORDS = frozenset(keyword.kwlist) | frozenset(["self", "int", "void", "char", "const", "static", "struct", "return"])
+_KEYWORDS = frozenset((*keyword.kwlist, "self", "int", "void", "char", "const", "static", "struct"))
 
 
 def token_classes(tokenizer: PreTrainedTokenizerBase, size: int) -> NDArray[np.int64]:

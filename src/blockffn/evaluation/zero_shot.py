@@ -73,7 +73,7 @@ TASKS: dict[str, tuple[str, ...]] = {"blimp": ("sentence_good", "sentence_bad", 
 
 
 def find_tasks(folder: Path) -> dict[str, Path]:
-    """The task files of a folder, `blimp.jsonl` and `lambada.jsonl`, plain or compressed. Raises `ValueError` for none."""
+    """Task files of a folder, `blimp.jsonl` and `lambada.jsonl`, plain or compressed. Raises `ValueError` for none."""
     found = {}
     for name in TASKS:
         for suffix in ("", *COMPRESSED_SUFFIXES):

@@ -36,7 +36,7 @@ class TwoComponentFit:
 
 
 def two_component_fit(values: Sequence[float]) -> TwoComponentFit | None:
-    """Fit by expectation maximisation from the lower and upper half of the numbers; `None` for fewer than 10 or all equal.
+    """Fit by expectation maximisation, begun at the lower and upper half; `None` for fewer than 10 or all equal.
 
     Deviations are kept above a hundredth of that of all numbers, where the likelihood would grow without end.
 

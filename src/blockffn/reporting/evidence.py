@@ -24,7 +24,7 @@ Drawing = tuple[str, Callable[[], Figure]]
 def evidence_document(
     findings: Mapping[str, Any], *, model: str, machine: str, date: str, folder: Path | None = None
 ) -> dict[str, Any]:
-    """The document of `blockffn.evaluation.analysis.analyze`'s findings; figures are written where a folder is given."""
+    """The document of what `blockffn.evaluation.analysis.analyze` found; figures go into `folder` if given."""
     sections = [
         _section("Reuse and sparsity by layer", *_by_layer(findings)),
         _section("Chunk-level sparsity by window", *_by_window(findings)),
@@ -103,8 +103,8 @@ def _by_window(findings: Mapping[str, Any]) -> tuple[list[str], list[list[Any]],
     rows = [[row["window"], row["cls"], row["same_tls"], row["same_use"]] for row in findings["windows"]]
     cls = {row["window"]: row["cls"] for row in findings["windows"]}
     note = (
-        "Percent of experts idle for the whole window. Routing without memory would leave idle: TLS to the power of the "
-        "window (same TLS), or the mean over experts of how often each is idle to that power (same use of each expert)."
+        "Percent of experts idle for the whole window. Routing without memory would leave idle: TLS to the power of "
+        "the window (same TLS), or the mean over experts of how often each is idle to that power (same use)."
     )
     columns = ["Window", "CLS", "Same TLS", "Same use"]
     return columns, rows, ("cls-by-window", lambda: figures.windows(cls, findings["tls"])), note
@@ -132,8 +132,9 @@ def _vocabulary(findings: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]
     ]
     peaks = "two peaks" if fit["modes"] == 2 else "one peak"
     note = (
-        f"{'Bimodal' if fit['bimodal'] else 'Not bimodal'}: two normal distributions, fitted to the mean active share of "
-        f"{seen}, have {peaks} together; BIC prefers {'two' if fit['bic_gain'] > 0 else 'one'} by {abs(fit['bic_gain']):,.0f}."
+        f"{'Bimodal' if fit['bimodal'] else 'Not bimodal'}: two normal distributions, fitted to the mean active share "
+        f"of {seen}, have {peaks} together; BIC prefers {'two' if fit['bic_gain'] > 0 else 'one'} by "
+        f"{abs(fit['bic_gain']):,.0f}."
     )
     drawing = (
         "experts-by-vocabulary-item",
@@ -166,7 +167,7 @@ def _load(findings: Mapping[str, Any]) -> tuple[list[str], list[list[Any]], Draw
 def _draft_trees(trees: Mapping[str, Any]) -> tuple[list[str], list[list[Any]], None, str]:
     rows = [[row["what"], row["union"]] for row in trees["rows"]]
     note = (
-        f"Percent of experts that {trees['nodes']} tokens use together, mean over layers and {trees['trees']} trees that the "
-        f"model drafted itself (most probable nodes, {trees['depth']} levels at most)."
+        f"Percent of experts that {trees['nodes']} tokens use together, mean over layers and {trees['trees']} trees "
+        f"that the model drafted itself (most probable nodes, {trees['depth']} levels at most)."
     )
     return ["Tokens", "Union, %"], rows, None, note
