@@ -17,7 +17,8 @@ def blockffn(*arguments: str, cwd: Path | None = None, stdin: str = "") -> subpr
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, input=stdin, timeout=300)
 
 
-@pytest.mark.parametrize("verb", ["demo", "prepare", "train", "evaluate", "generate", "report", "presets"])
+@pytest.mark.parametrize("verb", ["demo", "prepare", "train", "evaluate", "zero-shot", "analyze", "generate", "report",
+                                  "presets"])  # fmt: skip
 def test_every_verb_has_help(verb: str) -> None:
     done = blockffn(verb, "--help")
     assert done.returncode == 0
@@ -36,6 +37,9 @@ def test_every_verb_has_help(verb: str) -> None:
     (["demo", "method=dense"], "the demo decides method itself"),
     (["evaluate", "nowhere"], "nowhere holds no model"),
     (["generate", "nowhere"], "nowhere holds no model"),
+    (["analyze", "nowhere"], "nowhere holds no model"),
+    (["zero-shot", "nowhere"], "no task: give --task"),
+    (["zero-shot", "nowhere", "--task", "blimp"], "is not NAME=FILE"),
     (["report", "nowhere"], "nowhere"),
     (["prepare", "nowhere.txt", "--out", "x"], "nowhere.txt"),
 ])  # fmt: skip

@@ -22,6 +22,16 @@ def read_json_lines(
     Raises:
         ValueError: a line is not UTF-8, not a JSON object or lacks a field; the message names file and line.
     """
+    for where, record in read_records(path):
+        yield record_text(record, where, text_field=text_field, source_field=source_field)
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's object, after `file:line` for messages. Blank lines are passed over.
+
+    Raises:
+        ValueError: a line is not UTF-8 or not a JSON object; the message names file and line.
+    """
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -32,7 +42,7 @@ def read_json_lines(
             raise ValueError(f"{where}: not JSON ({error}); every line must hold one object") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: a JSON {type(record).__name__}; every line must hold one object")
-        yield record_text(record, where, text_field=text_field, source_field=source_field)
+        yield where, record
 
 
 def record_text(

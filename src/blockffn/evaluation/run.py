@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
+from blockffn.data.batch import Batch
 from blockffn.data.loader import iterate_split
 from blockffn.data.prepare import load_manifest
 from blockffn.data.tokenizer import tokenizer_hash
@@ -25,12 +33,21 @@ def load_run(path: Path, *, device: str | None = None) -> tuple[BlockFFNForCausa
     Raises:
         ValueError: neither is there, or a file is damaged; the message says what was looked for and found.
     """
+    return _open(path, BlockFFNForCausalLM, device)
+
+
+def load_any(path: Path, *, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load_run`, for a causal language model of any architecture that Hugging Face's auto classes know."""
+    return _open(path, AutoModelForCausalLM, device)
+
+
+def _open(path: Path, loader: Any, device: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
     folder = path / "model" if (path / "model" / "config.json").is_file() else path
     if not (folder / "config.json").is_file():
         hint = "; its training has not ended, go on with --resume" if (path / "config.yaml").is_file() else ""
         raise ValueError(f"{path} holds no model: neither model/config.json nor config.json is there{hint}")
     try:
-        model = BlockFFNForCausalLM.from_pretrained(folder, local_files_only=True)
+        model = loader.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (SafetensorError, json.JSONDecodeError, StrictDataclassError, TypeError) as error:
         sizes = ", ".join(f"{f.name} {f.stat().st_size:,} bytes" for f in sorted(folder.glob("*.safetensors")))
@@ -38,26 +55,25 @@ def load_run(path: Path, *, device: str | None = None) -> tuple[BlockFFNForCausa
     return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
 
 
-def evaluate_run(
+def heldout_batches(
     path: Path,
+    model: BlockFFNForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     data: Path | None = None,
     split: str = "valid",
     sequence_length: int | None = None,
     max_rows: int | None = None,
     batch_size: int = 16,
-    reference_counting: bool = False,
-    device: str | None = None,
-) -> Evaluation:
-    """Evaluate the model of `path` on a split of a prepared folder; both default to the run's own.
+) -> tuple[Iterator[Batch], Path]:
+    """Batches of a split of a prepared folder, and the folder; folder, length and alignment default to the run's own.
 
     Raises:
-        ValueError: no data is known, or the model's vocabulary is smaller than the data's.
+        ValueError: no data is known, or it was prepared with another tokenizer or a larger vocabulary.
     """
     for name, value in (("sequence_length", sequence_length), ("max_rows", max_rows), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    model, tokenizer = load_run(path, device=device)
     align = 1
     if (path / "config.yaml").is_file():
         from blockffn.settings import load_yaml
@@ -88,10 +104,40 @@ def evaluate_run(
         align=align,
         max_rows=max_rows,
     )
+    return batches, data
+
+
+def evaluate_run(
+    path: Path,
+    *,
+    data: Path | None = None,
+    split: str = "valid",
+    sequence_length: int | None = None,
+    max_rows: int | None = None,
+    batch_size: int = 16,
+    reference_counting: bool = False,
+    device: str | None = None,
+) -> Evaluation:
+    """Evaluate the model of `path` on a split of a prepared folder; both default to the run's own.
+
+    Raises:
+        ValueError: as `load_run` and `heldout_batches`.
+    """
+    model, tokenizer = load_run(path, device=device)
+    batches, data = heldout_batches(
+        path,
+        model,
+        tokenizer,
+        data=data,
+        split=split,
+        sequence_length=sequence_length,
+        max_rows=max_rows,
+        batch_size=batch_size,
+    )
     return evaluate(
         model,
         batches,
         token_bytes=np.load(data / "token_bytes.npy"),
-        source_names=manifest.source_names,
+        source_names=load_manifest(data).source_names,
         reference_counting=reference_counting,
     )

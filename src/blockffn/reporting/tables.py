@@ -119,6 +119,32 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def zero_shot_tables(results: Mapping[str, Any]) -> list[Table]:
+    """What `blockffn zero-shot` found, for the terminal: a row per task and field, and one per paradigm of BLiMP."""
+    overview = Table("Task", show_edge=False, pad_edge=False)
+    for heading in ("Accuracy", "± error", "Last-word perplexity", "Items", "Time"):
+        overview.add_column(heading, justify="right", no_wrap=True)
+    paradigms = Table("Field", show_edge=False, pad_edge=False)
+    paradigms.add_column("Paradigm", overflow="fold")
+    for heading in ("Accuracy", "± error", "Pairs"):
+        paradigms.add_column(heading, justify="right", no_wrap=True)
+    for task, result in results.items():
+        items = format_value("tokens", result.get("pairs", result.get("passages")))
+        perplexity = format_value("perplexity", result["perplexity"]) if "perplexity" in result else ""
+        overview.add_row(task, *_accuracy(result), perplexity, items, format_value("seconds", result["seconds"]))
+        for field, part in result.get("fields", {}).items():
+            overview.add_row(f"  {field}", *_accuracy(part), "", format_value("tokens", part["pairs"]), "")
+        worst_first = sorted(result.get("paradigms", {}).items(), key=lambda item: item[1]["accuracy"])
+        for name, part in worst_first:
+            paradigms.add_row(part["field"], name, *_accuracy(part), format_value("tokens", part["pairs"]))
+    return [paradigms, overview] if paradigms.row_count else [overview]
+
+
+def _accuracy(values: Mapping[str, Any]) -> tuple[str, str]:
+    error = values["accuracy_stderr"]
+    return f"{values['accuracy']:.1f} %", ABSENT if error is None else f"{error:.1f}"
+
+
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a Markdown table: columns are the keys in order of appearance, formatted by name, numbers right-aligned.
 
