@@ -86,11 +86,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         }},
     },
     "mini": {
-        "steps": 2000, "batch_size": 64, "precision": "bfloat16", "data": {"sequence_length": 2048, "align": 64},
-        "schedule": {"warmup_steps": 100, "decay_fraction": 0.2},
+        "steps": 900, "batch_size": 24, "precision": "bfloat16", "data": {"sequence_length": 2048, "align": 64},
+        "optimizer": {"router_learning_rate": 0.003},
+        "schedule": {"warmup_steps": 60, "decay_fraction": 0.3}, "checkpoint_every": 300,
         "objectives": {"chunk_length": 64, "terms": {
-            "activation_locality": {"kind": "constant", "value": 2e-3},
-            "chunk_sparsification": {"kind": "adaptive", "initial": 5e-2, "rule": "reference"},
+            "activation_locality": {"kind": "constant", "value": 1e-3, "warmup_steps": 100},
+            "chunk_sparsification": {"kind": "set_point", "initial": 0.2, "target": 81.0, "observes": "tls",
+                                     "interval": 10, "response_steps": 60, "warmup_steps": 50},
         }},
     },
     "0.1b": _recipe(10_000, 384, 12, 100, 2e-3, 5e-2),

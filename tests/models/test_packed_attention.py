@@ -63,3 +63,17 @@ def test_it_equals_masked_attention(attention: str, whole_rows: bool) -> None:
         outputs.append((kept, gradients))
     for expected, actual in zip(*outputs):
         assert (actual - expected).norm() / expected.norm() < 3e-2
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_rows_of_one_document_each_attend_as_with_a_causal_mask(compiled: bool) -> None:
+    torch.manual_seed(0)
+    model = BlockFFNForCausalLM(preset_config("nano", vocab_size=32, num_hidden_layers=2))
+    ids, documents = torch.randint(0, 32, (3, 16)), torch.zeros(3, 16, dtype=torch.int32)
+    expected = model.model(ids, document_ids=documents, use_cache=False).last_hidden_state
+    model.set_attn_implementation(packed_attention.NAME)
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True)
+    actual = model.model(ids, document_ids=documents, use_cache=False).last_hidden_state
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
