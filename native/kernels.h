@@ -29,6 +29,7 @@ struct StripCall {
   float* const* outputs;
   int num_tokens;
   bool accumulate;
+  bool fetch;  // whether this call is the first to read the strips
   Reading reading;
 };
 
@@ -47,6 +48,13 @@ inline void prefetch(const StripCall& call, const uint8_t* weights) {
   __builtin_prefetch(near + 64);
 }
 
+// The same for a kernel that goes over each strip twice, for half of its outputs at a time: each pass asks for its half
+// of the next strip, so that memory works during both.
+inline void prefetch_next_strip(const StripCall& call, const uint8_t* weights, int64_t bytes_per_strip) {
+  const uint8_t* far = weights + bytes_per_strip;
+  __builtin_prefetch(far + (far >= call.reading.end ? call.reading.jump : 0), 0, 2);
+}
+
 // The first bytes of a thread's first stretch, which no earlier stretch has prefetched.
 inline void start_reading(const uint8_t* weights) {
   for (int line = 0; line < (10 << 10); line += 64) __builtin_prefetch(weights + line, 0, 2);
@@ -54,7 +62,7 @@ inline void start_reading(const uint8_t* weights) {
 
 struct Kernels {
   const char* name;
-  int max_tokens;
+  int max_tokens[4];  // by format, like the two that follow
   void (*strip[4])(const StripCall&);
   // Turns float activations into the form that `strip` of this format wants, with zeros from `count` to `inputs`.
   void (*prepare[4])(const float* x, int64_t count, int64_t inputs, int64_t group, uint8_t* row);

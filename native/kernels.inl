@@ -10,19 +10,31 @@ using blockffn::kInt8;
 using blockffn::Kernels;
 using blockffn::kStrip;
 using blockffn::prefetch;
+using blockffn::prefetch_next_strip;
+using blockffn::strip_bytes;
 using blockffn::StripCall;
 
 constexpr int kVectors = kStrip / Vec::kLanes;
 
+// Asks for weights to come; `w` is where this step reads, `N` the vectors that it takes of each strip.
+template <int kFormat, int N>
+inline void fetch(const StripCall& call, const uint8_t* w) {
+  if constexpr (N == kVectors)
+    prefetch(call, w);
+  else
+    prefetch_next_strip(call, w, strip_bytes(kFormat, call.inputs, call.group));
+}
+
 // `M` tokens times `N` vectors of one strip; `w` is the strip, `first` the first output. Returns the end of the strip.
-template <int kFormat, int M, int N>
+template <int kFormat, int M, int N, bool kFetch>
 inline const uint8_t* float_tile(const StripCall& call, const uint8_t* w, int64_t first) {
   using F = typename Vec::F;
   constexpr int kStepBytes = kStrip * 4;             // of weights, one step of K
   constexpr int kInputs = kFormat == kBf16 ? 2 : 1;  // in a step
   const int64_t lane = first % kStrip;
   const float* x[M];
-  F sum[M][N], odd_sum[M][N];  // two sums, so that additions wait less for each other
+  constexpr bool kTwoSums = kFormat == kBf16 && Vec::kTwoSums;
+  F sum[M][N], odd_sum[M][N];
   for (int m = 0; m < M; ++m) {
     x[m] = reinterpret_cast<const float*>(call.rows[m]);
     for (int n = 0; n < N; ++n) {
@@ -31,37 +43,100 @@ inline const uint8_t* float_tile(const StripCall& call, const uint8_t* w, int64_
     }
   }
   for (int64_t k = 0; k < call.inputs; k += kInputs, w += kStepBytes) {
-    F even[N], odd[N];
-    prefetch(call, w);
+    F weight[N];
+    if (kFetch) fetch<kFormat, N>(call, w + lane * 4);
     for (int n = 0; n < N; ++n) {
-      if (kFormat == kBf16)
-        Vec::load_bf16_pairs(w + (lane + n * Vec::kLanes) * 4, &even[n], &odd[n]);
-      else
-        even[n] = Vec::load(reinterpret_cast<const float*>(w) + lane + n * Vec::kLanes);
+      const uint8_t* at = w + (lane + n * Vec::kLanes) * 4;
+      weight[n] = kFormat == kBf16 ? Vec::load_bf16_even(at) : Vec::load(reinterpret_cast<const float*>(at));
     }
     for (int m = 0; m < M; ++m) {
       const F a = Vec::broadcast(x[m][k]);
-      for (int n = 0; n < N; ++n) sum[m][n] = Vec::fma(even[n], a, sum[m][n]);
+      for (int n = 0; n < N; ++n) sum[m][n] = Vec::fma(weight[n], a, sum[m][n]);
     }
-    if (kFormat == kBf16) {
-      for (int m = 0; m < M; ++m) {
-        const F a = Vec::broadcast(x[m][k + 1]);
-        for (int n = 0; n < N; ++n) odd_sum[m][n] = Vec::fma(odd[n], a, odd_sum[m][n]);
+    if (kFormat == kF32) continue;
+    for (int n = 0; n < N; ++n) weight[n] = Vec::load_bf16_odd(w + (lane + n * Vec::kLanes) * 4);
+    for (int m = 0; m < M; ++m) {
+      const F a = Vec::broadcast(x[m][k + 1]);
+      for (int n = 0; n < N; ++n) {
+        F& odd_or_all = kTwoSums ? odd_sum[m][n] : sum[m][n];
+        odd_or_all = Vec::fma(weight[n], a, odd_or_all);
       }
     }
   }
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n)
       Vec::store(call.outputs[m] + first + n * Vec::kLanes,
-                 kFormat == kBf16 ? Vec::add(sum[m][n], odd_sum[m][n]) : sum[m][n]);
+                 kTwoSums ? Vec::add(sum[m][n], odd_sum[m][n]) : sum[m][n]);
   return w;
 }
 
-template <int kFormat, int M, int N>
+// Adds the products of one group of int8 weights to `dot`; `k` is its first input. Returns the end of the group.
+// Integer sums are exact: splitting them in two changes no result, and for few tokens it halves the waiting.
+template <int M, int N, bool kFetch>
+inline const uint8_t* dot_group8(const StripCall& call, const uint8_t* w, int64_t k, const int8_t* const* x,
+                                 typename Vec::I (*dot)[N]) {
+  using I = typename Vec::I;
+  constexpr int kParts = M <= 2 ? 2 : 1;
+  I parts[kParts][M][N];
+  for (auto& part : parts)
+    for (auto& token : part)
+      for (I& sum : token) sum = Vec::broadcast_int(0);
+  for (const int64_t end = k + call.group; k < end;) {
+    for (auto& part : parts) {
+      I code[N];
+      if (kFetch) fetch<kInt8, N>(call, w);
+      for (int n = 0; n < N; ++n) code[n] = Vec::load_codes(w + n * Vec::kLanes * 4);
+      for (int m = 0; m < M; ++m) {
+        const I a = Vec::broadcast_bytes(x[m] + k);
+        for (int n = 0; n < N; ++n) part[m][n] = Vec::dot8(part[m][n], code[n], a);
+      }
+      k += 4;
+      w += kStrip * 4;
+    }
+  }
+  for (const auto& part : parts)
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) dot[m][n] = Vec::add_int(dot[m][n], part[m][n]);
+  return w;
+}
+
+// The same for int4, whose small products are summed in `Vec::P`: narrow lanes, where they are cheaper, for as long as
+// they fit.
+template <int M, int N, bool kFetch>
+inline const uint8_t* dot_group4(const StripCall& call, const uint8_t* w, int64_t k, const int8_t* const* x,
+                                 typename Vec::I (*dot)[N]) {
+  using I = typename Vec::I;
+  using P = typename Vec::P;
+  constexpr int kParts = M <= 2 && Vec::kDot4Waits ? 2 : 1;
+  for (const int64_t end = k + call.group; k < end;) {
+    P parts[kParts][M][N];
+    for (auto& part : parts)
+      for (auto& token : part)
+        for (P& sum : token) sum = Vec::zero4();
+    const int64_t fits = end - k < Vec::kInputs4 ? end - k : Vec::kInputs4;
+    for (const int64_t stop = k + fits; k < stop; k += 8, w += kStrip * 4) {
+      I code[N], low[N], high[N];
+      if (kFetch) fetch<kInt4, N>(call, w);
+      for (int n = 0; n < N; ++n) code[n] = Vec::load_codes(w + n * Vec::kLanes * 4);
+      for (int n = 0; n < N; ++n) low[n] = Vec::low_nibbles(code[n]);
+      for (int n = 0; n < N; ++n) high[n] = Vec::high_nibbles(code[n]);
+      for (int m = 0; m < M; ++m) {
+        const I a = Vec::broadcast_bytes(x[m] + k), b = Vec::broadcast_bytes(x[m] + k + 4);
+        for (int n = 0; n < N; ++n) parts[0][m][n] = Vec::dot4(parts[0][m][n], low[n], a);
+        for (int n = 0; n < N; ++n) parts[kParts - 1][m][n] = Vec::dot4(parts[kParts - 1][m][n], high[n], b);
+      }
+    }
+    for (const auto& part : parts)
+      for (int m = 0; m < M; ++m)
+        for (int n = 0; n < N; ++n) dot[m][n] = Vec::add_int(dot[m][n], Vec::widen4(part[m][n]));
+  }
+  return w;
+}
+
+template <int kFormat, int M, int N, bool kFetch>
 inline const uint8_t* integer_tile(const StripCall& call, const uint8_t* w, int64_t first) {
   using F = typename Vec::F;
   using I = typename Vec::I;
-  constexpr int kInputs = kFormat == kInt8 ? 4 : 8;  // in a step of 128 bytes
   constexpr int kOffset = kFormat == kInt8 ? Vec::kOffset8 : Vec::kOffset4;
   const int64_t num_groups = call.inputs / call.group;
   const int8_t* x[M];
@@ -76,79 +151,53 @@ inline const uint8_t* integer_tile(const StripCall& call, const uint8_t* w, int6
     for (int n = 0; n < N; ++n)
       sum[m][n] = call.accumulate ? Vec::load(call.outputs[m] + first + n * Vec::kLanes) : Vec::zero();
   }
-  // Integer sums are exact: splitting them in two changes no result, and for few tokens it halves the waiting.
-  constexpr int kParts = M <= 2 ? 2 : 1;
   for (int64_t g = 0; g < num_groups; ++g) {
     F scale[N];
     for (int n = 0; n < N; ++n) scale[n] = Vec::load_half(w + (lane + n * Vec::kLanes) * 2);
     w += kStrip * 2;
-    I dot[M][N], other[M][N];
+    I dot[M][N];
     for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) {
-        dot[m][n] = Vec::broadcast_int(-kOffset * x_sum[m][g]);
-        other[m][n] = Vec::broadcast_int(0);
-      }
-    for (int64_t k = g * call.group; k < (g + 1) * call.group; k += kInputs, w += kStrip * 4) {
-      I code[N];
-      prefetch(call, w);
-      for (int n = 0; n < N; ++n) code[n] = Vec::load_codes(w + (lane + n * Vec::kLanes) * 4);
-      if (kFormat == kInt8) {
-        for (int m = 0; m < M; ++m) {
-          const I a = Vec::broadcast_bytes(x[m] + k);
-          for (int n = 0; n < N; ++n) dot[m][n] = Vec::dot8(dot[m][n], code[n], a);
-        }
-        if (kParts == 2) {
-          k += kInputs;
-          w += kStrip * 4;
-          prefetch(call, w);
-          for (int n = 0; n < N; ++n) code[n] = Vec::load_codes(w + (lane + n * Vec::kLanes) * 4);
-          for (int m = 0; m < M; ++m) {
-            const I a = Vec::broadcast_bytes(x[m] + k);
-            for (int n = 0; n < N; ++n) other[m][n] = Vec::dot8(other[m][n], code[n], a);
-          }
-        }
-      } else {
-        I low[N], high[N];
-        for (int n = 0; n < N; ++n) low[n] = Vec::low_nibbles(code[n]);
-        for (int n = 0; n < N; ++n) high[n] = Vec::high_nibbles(code[n]);
-        for (int m = 0; m < M; ++m) {
-          const I a = Vec::broadcast_bytes(x[m] + k);
-          for (int n = 0; n < N; ++n) dot[m][n] = Vec::dot4(dot[m][n], low[n], a);
-        }
-        for (int m = 0; m < M; ++m) {
-          const I a = Vec::broadcast_bytes(x[m] + k + 4);
-          for (int n = 0; n < N; ++n) {
-            I& part = kParts == 2 ? other[m][n] : dot[m][n];
-            part = Vec::dot4(part, high[n], a);
-          }
-        }
-      }
-    }
+      for (int n = 0; n < N; ++n) dot[m][n] = Vec::broadcast_int(-kOffset * x_sum[m][g]);
+    const uint8_t* codes = w + lane * 4;
+    if constexpr (kFormat == kInt8)
+      w = dot_group8<M, N, kFetch>(call, codes, g * call.group, x, dot) - lane * 4;
+    else
+      w = dot_group4<M, N, kFetch>(call, codes, g * call.group, x, dot) - lane * 4;
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n)
-        sum[m][n] = Vec::fma(Vec::to_float(kParts == 2 ? Vec::add_int(dot[m][n], other[m][n]) : dot[m][n]), Vec::mul(scale[n], Vec::broadcast(x_scale[m][g])), sum[m][n]);
+        sum[m][n] =
+            Vec::fma(Vec::to_float(dot[m][n]), Vec::mul(scale[n], Vec::broadcast(x_scale[m][g])), sum[m][n]);
   }
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) Vec::store(call.outputs[m] + first + n * Vec::kLanes, sum[m][n]);
   return w;
 }
 
-// Few tokens take a strip in one pass; more tokens take half of it twice where registers are few.
+template <int kFormat, int M, int N, bool kFetch>
+inline const uint8_t* tile(const StripCall& call, const uint8_t* w, int64_t first) {
+  if constexpr (kFormat == kF32 || kFormat == kBf16)
+    return float_tile<kFormat, M, N, kFetch>(call, w, first);
+  else
+    return integer_tile<kFormat, M, N, kFetch>(call, w, first);
+}
+
+// Few tokens take a strip in one pass; more tokens take half of it twice where registers are few. Only the first call
+// over a strip prefetches what follows.
 template <int kFormat, int M>
 void strip_tile(const StripCall& call) {
   constexpr int kWide = M <= Vec::kWideTokens ? kVectors : kVectors / 2;
   const uint8_t* w = call.strips;
   for (int64_t strip = 0; strip < call.num_strips; ++strip) {
+    const int64_t first = strip * kStrip;
     const uint8_t* next = w;
-    for (int lane = 0; lane < kStrip; lane += kWide * Vec::kLanes) {
-      if constexpr (kFormat == kF32 || kFormat == kBf16)
-        next = float_tile<kFormat, M, kWide>(call, w, strip * kStrip + lane);
-      else
-        next = integer_tile<kFormat, M, kWide>(call, w, strip * kStrip + lane);
-    }
+    for (int lane = 0; lane < kStrip; lane += kWide * Vec::kLanes)
+      next = call.fetch ? tile<kFormat, M, kWide, true>(call, w, first + lane)
+                        : tile<kFormat, M, kWide, false>(call, w, first + lane);
     w = next;
   }
 }
+
+constexpr int tokens_of(int format) { return format == kF32 || format == kBf16 ? Vec::kTokens : Vec::kIntegerTokens; }
 
 template <int kFormat>
 void strip(const StripCall& call) {
@@ -158,12 +207,10 @@ void strip(const StripCall& call) {
     case 3: return strip_tile<kFormat, 3>(call);
     case 4: return strip_tile<kFormat, 4>(call);
   }
-  if constexpr (Vec::kTokens > 4) {
+  if constexpr (tokens_of(kFormat) > 4) {
     switch (call.num_tokens) {
       case 5: return strip_tile<kFormat, 5>(call);
       case 6: return strip_tile<kFormat, 6>(call);
-      case 7: return strip_tile<kFormat, 7>(call);
-      case 8: return strip_tile<kFormat, 8>(call);
     }
   }
 }
@@ -352,10 +399,14 @@ void add_rows(const void* weights, bool is_bf16, int64_t rows, int64_t count, in
 
 uint64_t sum(const uint8_t* data, int64_t bytes) {
   typedef uint64_t Line __attribute__((vector_size(64), aligned(1)));
+  constexpr int64_t kAhead = 10 << 10;
   Line sums[4] = {};
   int64_t at = 0;
   for (; at + 256 <= bytes; at += 256)
-    for (int i = 0; i < 4; ++i) sums[i] += *reinterpret_cast<const Line*>(data + at + i * 64);
+    for (int i = 0; i < 4; ++i) {
+      __builtin_prefetch(data + at + i * 64 + kAhead, 0, 2);  // as the kernels do: without it some processors read less
+      sums[i] += *reinterpret_cast<const Line*>(data + at + i * 64);
+    }
   uint64_t total = 0;
   for (const Line& line : sums)
     for (int i = 0; i < 8; ++i) total += line[i];
@@ -365,7 +416,7 @@ uint64_t sum(const uint8_t* data, int64_t bytes) {
 
 constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,
-                 Vec::kTokens,
+                 {tokens_of(kF32), tokens_of(kBf16), tokens_of(kInt8), tokens_of(kInt4)},
                  {strip<kF32>, strip<kBf16>, strip<kInt8>, strip<kInt4>},
                  {prepare_float, prepare_float, prepare_int8, prepare_int8},
                  activate,

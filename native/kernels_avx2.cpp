@@ -9,11 +9,16 @@ namespace {
 struct Vec {
   using F = __m256;
   using I = __m256i;
+  using P = __m256i;  // sixteen int16
   static constexpr int kLanes = 8;
-  static constexpr int kTokens = 4;
-  static constexpr int kWideTokens = 2;  // 32 outputs are four of the sixteen registers
-  static constexpr int kOffset8 = 0;     // dot8 centres the codes itself
+  static constexpr int kTokens = 5;         // ten sums of half a strip; with twelve gcc spills
+  static constexpr int kIntegerTokens = 4;  // dot8 needs more registers beside the sums
+  static constexpr int kWideTokens = 2;     // 32 outputs are four of the sixteen registers
+  static constexpr bool kTwoSums = false;   // four sums already hide what an addition waits
+  static constexpr int kOffset8 = 0;        // dot8 centres the codes itself
   static constexpr int kOffset4 = 8;
+  static constexpr int kInputs4 = 32;       // 8 additions of two products: 8 * 2 * 15 * 127 <= 32767
+  static constexpr bool kDot4Waits = false;
 
   static F zero() { return _mm256_setzero_ps(); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -27,10 +32,9 @@ struct Vec {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   }
-  static void load_bf16_pairs(const uint8_t* p, F* even, F* odd) {
-    const __m256i v = load_codes(p);
-    *even = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
-    *odd = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+  static F load_bf16_even(const uint8_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_codes(p), 16)); }
+  static F load_bf16_odd(const uint8_t* p) {
+    return _mm256_castsi256_ps(_mm256_and_si256(load_codes(p), _mm256_set1_epi32(static_cast<int>(0xffff0000))));
   }
   static I load_codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static I low_nibbles(I v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
@@ -47,7 +51,9 @@ struct Vec {
     const __m256i weights = _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x80)));
     return add_pairs(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(weights, x)));
   }
-  static I dot4(I sum, I codes, I x) { return add_pairs(sum, _mm256_maddubs_epi16(codes, x)); }
+  static P zero4() { return _mm256_setzero_si256(); }
+  static P dot4(P sum, I codes, I x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x)); }
+  static I widen4(P sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
   static I add_pairs(I sum, I pairs) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }

@@ -9,11 +9,16 @@ namespace {
 struct Vec {
   using F = __m512;
   using I = __m512i;
+  using P = __m512i;
   static constexpr int kLanes = 16;
   static constexpr int kTokens = 6;      // 24 sums, and registers to spare for weights
+  static constexpr int kIntegerTokens = 6;
   static constexpr int kWideTokens = 8;  // 32 outputs are two registers
+  static constexpr bool kTwoSums = true;
   static constexpr int kOffset8 = 128;   // vpdpbusd takes the codes as they are
   static constexpr int kOffset4 = 8;
+  static constexpr int kInputs4 = 128;
+  static constexpr bool kDot4Waits = true;
 
   static F zero() { return _mm512_setzero_ps(); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -29,10 +34,9 @@ struct Vec {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
   }
-  static void load_bf16_pairs(const uint8_t* p, F* even, F* odd) {
-    const __m512i v = load_codes(p);
-    *even = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
-    *odd = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  static F load_bf16_even(const uint8_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(load_codes(p), 16)); }
+  static F load_bf16_odd(const uint8_t* p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(load_codes(p), _mm512_set1_epi32(static_cast<int>(0xffff0000))));
   }
   static I load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static I low_nibbles(I v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
@@ -44,7 +48,9 @@ struct Vec {
     return _mm512_set1_epi32(four);
   }
   static I dot8(I sum, I codes, I x) { return _mm512_dpbusd_epi32(sum, codes, x); }
-  static I dot4(I sum, I codes, I x) { return _mm512_dpbusd_epi32(sum, codes, x); }
+  static P zero4() { return _mm512_setzero_si512(); }
+  static P dot4(P sum, I codes, I x) { return _mm512_dpbusd_epi32(sum, codes, x); }
+  static I widen4(P sum) { return sum; }
   static I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
 };

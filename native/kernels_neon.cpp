@@ -12,11 +12,16 @@ namespace {
 struct Vec {
   using F = float32x4_t;
   using I = int32x4_t;
+  using P = int32x4_t;
   static constexpr int kLanes = 4;
   static constexpr int kTokens = 4;
+  static constexpr int kIntegerTokens = 4;
   static constexpr int kWideTokens = 2;  // 32 outputs are eight of the thirty-two registers
+  static constexpr bool kTwoSums = false;
   static constexpr int kOffset8 = 0;     // dot8 centres the codes itself
   static constexpr int kOffset4 = 8;
+  static constexpr int kInputs4 = 128;
+  static constexpr bool kDot4Waits = true;
 
   static F zero() { return vdupq_n_f32(0); }
   static F load(const float* p) { return vld1q_f32(p); }
@@ -27,10 +32,11 @@ struct Vec {
   static F mul(F a, F b) { return vmulq_f32(a, b); }
   static F load_half(const uint8_t* p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
   static F load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
-  static void load_bf16_pairs(const uint8_t* p, F* even, F* odd) {
-    const uint32x4_t v = vreinterpretq_u32_u8(vld1q_u8(p));
-    *even = vreinterpretq_f32_u32(vshlq_n_u32(v, 16));
-    *odd = vreinterpretq_f32_u32(vandq_u32(v, vdupq_n_u32(0xffff0000u)));
+  static F load_bf16_even(const uint8_t* p) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u8(vld1q_u8(p)), 16));
+  }
+  static F load_bf16_odd(const uint8_t* p) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u8(vld1q_u8(p)), vdupq_n_u32(0xffff0000u)));
   }
   static I load_codes(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
   static I low_nibbles(I v) {
@@ -47,7 +53,9 @@ struct Vec {
     const uint8x16_t weights = veorq_u8(vreinterpretq_u8_s32(codes), vdupq_n_u8(0x80));
     return vdotq_s32(sum, vreinterpretq_s8_u8(weights), vreinterpretq_s8_s32(x));
   }
-  static I dot4(I sum, I codes, I x) { return vdotq_s32(sum, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(x)); }
+  static P zero4() { return vdupq_n_s32(0); }
+  static P dot4(P sum, I codes, I x) { return vdotq_s32(sum, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(x)); }
+  static I widen4(P sum) { return sum; }
   static I add_int(I a, I b) { return vaddq_s32(a, b); }
   static F to_float(I v) { return vcvtq_f32_s32(v); }
 };

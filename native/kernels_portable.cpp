@@ -9,10 +9,15 @@ struct Vec {
     int32_t lane[4];
   };
   static constexpr int kLanes = 4;
+  using P = I;
   static constexpr int kTokens = 4;
+  static constexpr int kIntegerTokens = 4;
   static constexpr int kWideTokens = 1;
+  static constexpr bool kTwoSums = false;
   static constexpr int kOffset8 = 128;
   static constexpr int kOffset4 = 8;
+  static constexpr int kInputs4 = 128;
+  static constexpr bool kDot4Waits = false;
 
   static F zero() { return F{0, 0, 0, 0}; }
   static F load(const float* p) {
@@ -35,12 +40,12 @@ struct Vec {
     for (int i = 0; i < 4; ++i) v[i] = blockffn::bf16_to_float(p[i]);
     return v;
   }
-  static void load_bf16_pairs(const uint8_t* p, F* even, F* odd) {
-    for (int i = 0; i < 4; ++i) {
-      (*even)[i] = blockffn::bf16_to_float(static_cast<uint16_t>(p[4 * i] | p[4 * i + 1] << 8));
-      (*odd)[i] = blockffn::bf16_to_float(static_cast<uint16_t>(p[4 * i + 2] | p[4 * i + 3] << 8));
-    }
+  static F load_bf16_even(const uint8_t* p) {
+    F v;
+    for (int i = 0; i < 4; ++i) v[i] = blockffn::bf16_to_float(static_cast<uint16_t>(p[4 * i] | p[4 * i + 1] << 8));
+    return v;
   }
+  static F load_bf16_odd(const uint8_t* p) { return load_bf16_even(p + 2); }
   static I load_codes(const uint8_t* p) {
     I v;
     __builtin_memcpy(&v, p, 16);
@@ -70,7 +75,9 @@ struct Vec {
                      c[4 * i + 3] * a[4 * i + 3];
     return sum;
   }
-  static I dot4(I sum, I codes, I x) { return dot8(sum, codes, x); }
+  static P zero4() { return broadcast_int(0); }
+  static P dot4(P sum, I codes, I x) { return dot8(sum, codes, x); }
+  static I widen4(P sum) { return sum; }
   static I add_int(I a, I b) {
     for (int i = 0; i < 4; ++i) a.lane[i] += b.lane[i];
     return a;

@@ -32,16 +32,17 @@ void multiply_strips(const Kernels& isa, const Strips& matrix, const uint8_t* st
                      bool accumulate, const Reading& reading, Row row, Output output) {
   const uint8_t* rows[kMaxTokens];
   float* outputs[kMaxTokens];
-  const int64_t strips_at_once = count <= isa.max_tokens ? num_strips : 1;  // all rows use a strip while it is in cache
+  const int64_t most = isa.max_tokens[matrix.format];
+  const int64_t strips_at_once = count <= most ? num_strips : 1;  // all rows use a strip while it is in cache
   for (int64_t strip = 0; strip < num_strips; strip += strips_at_once) {
-    for (int64_t first = 0; first < count; first += isa.max_tokens) {
-      const int n = static_cast<int>(count - first < isa.max_tokens ? count - first : isa.max_tokens);
+    for (int64_t first = 0; first < count; first += most) {
+      const int n = static_cast<int>(count - first < most ? count - first : most);
       for (int i = 0; i < n; ++i) {
         rows[i] = row(first + i);
         outputs[i] = output(first + i) + strip * kStrip;
       }
       isa.strip[matrix.format](StripCall{strips + strip * matrix.bytes, strips_at_once, matrix.inputs, matrix.group, rows,
-                                         outputs, n, accumulate, reading});
+                                         outputs, n, accumulate, first == 0, reading});
     }
   }
 }
