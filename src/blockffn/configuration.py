@@ -34,6 +34,8 @@ class BlockFFNConfig(PreTrainedConfig):
         router_initializer_range: standard deviation of the router's projection; `None`: as the other matrices.
         router_jitter_noise: `sparsemixer` samples among logits within twice this of the largest, relative to their
             size.
+        routing_threshold: experts whose routing weight is at most this in magnitude are skipped; 0 keeps all. A
+            choice at run time (`BlockFFNForCausalLM.set_threshold`), not of training.
         num_experts, moe_intermediate_size: number and width of the experts, shared ones included.
         num_experts_per_tok: experts that a token uses with a top-k router, shared ones included. Other routers choose
             their own number; ReMoE's penalty aims at this one.
@@ -65,6 +67,7 @@ class BlockFFNConfig(PreTrainedConfig):
     router_dtype: str = "model"
     router_initializer_range: float | None = None
     router_jitter_noise: float = 0.1
+    routing_threshold: float = 0.0
     num_experts: int = 48
     num_experts_per_tok: int = 10
     num_shared_experts: int = 0
@@ -123,6 +126,8 @@ class BlockFFNConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not self.routing_threshold >= 0:
+            raise ValueError(f"routing_threshold must be at least 0, got {self.routing_threshold}")
         if self.ffn_type == "moe":
             self._validate_experts()
         if self.num_key_value_heads is not None and self.num_attention_heads % self.num_key_value_heads:

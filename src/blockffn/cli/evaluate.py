@@ -21,6 +21,9 @@ def evaluate(
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a row; default: the run's.")] = None,
     max_rows: Annotated[int | None, typer.Option(help="Score only so many rows, evenly spaced.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows a forward pass.")] = 16,
+    threshold: Annotated[
+        float | None, typer.Option(help="Skip experts with a routing weight up to this; default: the model's own.")
+    ] = None,
     reference_counting: Annotated[
         bool, typer.Option("--reference-counting", help="Count sparsity as the paper's code does, padding included.")
     ] = False,
@@ -44,6 +47,7 @@ def evaluate(
         sequence_length=sequence_length,
         max_rows=max_rows,
         batch_size=batch_size,
+        threshold=threshold,
         reference_counting=reference_counting,
         device=device,
     )

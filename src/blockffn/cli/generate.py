@@ -24,6 +24,9 @@ def generate(
         float, typer.Option(help="Sample from the most likely tokens of this total probability.", min=0.0, max=1.0)
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    threshold: Annotated[
+        float | None, typer.Option(help="Skip experts with a routing weight up to this; default: the model's own.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write text, tokens and active experts to this file.")
@@ -40,7 +43,7 @@ def generate(
 
     check_json(json_path)
     text = sys.stdin.read() if prompt == "-" else prompt
-    model, tokenizer = load_run(path, device=device)
+    model, tokenizer = load_run(path, device=device, threshold=threshold)
     sample = generate_sample(
         model, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )

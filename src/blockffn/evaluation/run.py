@@ -27,13 +27,20 @@ from blockffn.evaluation.perplexity import Evaluation, evaluate
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 
 
-def load_run(path: Path, *, device: str | None = None) -> tuple[BlockFFNForCausalLM, PreTrainedTokenizerBase]:
+def load_run(
+    path: Path, *, device: str | None = None, threshold: float | None = None
+) -> tuple[BlockFFNForCausalLM, PreTrainedTokenizerBase]:
     """Model (in evaluation mode) and tokenizer of a run's folder, or of a folder in Hugging Face's layout.
+
+    `threshold` replaces the model's own `routing_threshold`.
 
     Raises:
         ValueError: neither is there, or a file is damaged; the message says what was looked for and found.
     """
-    return _open(path, BlockFFNForCausalLM, device)
+    model, tokenizer = _open(path, BlockFFNForCausalLM, device)
+    if threshold is not None:
+        model.set_threshold(threshold)
+    return model, tokenizer
 
 
 def load_any(path: Path, *, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -115,6 +122,7 @@ def evaluate_run(
     sequence_length: int | None = None,
     max_rows: int | None = None,
     batch_size: int = 16,
+    threshold: float | None = None,
     reference_counting: bool = False,
     device: str | None = None,
 ) -> Evaluation:
@@ -123,7 +131,7 @@ def evaluate_run(
     Raises:
         ValueError: as `load_run` and `heldout_batches`.
     """
-    model, tokenizer = load_run(path, device=device)
+    model, tokenizer = load_run(path, device=device, threshold=threshold)
     batches, data = heldout_batches(
         path,
         model,

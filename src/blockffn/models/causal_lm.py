@@ -66,6 +66,7 @@ class DecoderLayer(GradientCheckpointingLayer):
                 expert_gated=config.expert_gated,
                 expert_activation=config.expert_activation,
                 eps=config.rms_norm_eps,
+                threshold=config.routing_threshold,
             )
 
     def forward(self, x: Tensor, **attention_kwargs: Any) -> tuple[Tensor, Tensor | None, Routing | None]:
@@ -236,6 +237,21 @@ class BlockFFNForCausalLM(BlockFFNPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def set_threshold(self, threshold: float) -> None:
+        """Skip experts with `|weight| <= threshold` from now on, in every layer; 0 keeps all. Saved with the model.
+
+        Raises:
+            ValueError: a negative threshold, or a dense model, which has no experts to skip.
+        """
+        if not threshold >= 0:
+            raise ValueError(f"threshold must be at least 0, got {threshold}")
+        if self.config.ffn_type == "dense":
+            raise ValueError(f"a dense model has no experts to skip; leave the threshold ({threshold}) out")
+        self.config.routing_threshold = threshold
+        for module in self.modules():
+            if isinstance(module, BlockFFN):
+                module.threshold = threshold
 
     def head_input(self, hidden_states: Tensor) -> Tensor:
         """Final hidden states `[..., D]` as the head wants them: divided by the width multiplier."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from blockffn.models.experts import RoutedExperts
 from blockffn.models.routers.relu_rmsnorm import ReLURMSNormRouter
 from blockffn.models.routers.shared import with_shared_experts
+from blockffn.ops.sparse_ffn import apply_threshold
 from blockffn.routing import Routing
 
 
@@ -23,6 +26,8 @@ class BlockFFN(nn.Module):
         expert_gated: gated experts (an ablation; they lose most of the sparsity).
         expert_activation: `silu` or `norm_silu`.
         eps: epsilon of the default router's norm.
+        threshold: routed experts with `|weight| <= threshold` are skipped, and count as inactive in the returned routing. May
+            be changed at any time through the attribute of this name.
 
     `forward(x)` takes tokens `[..., D]` and returns `(y [..., D], Routing of [..., E])`. Penalise the routing with the
     functions in `blockffn.objectives`, measure it with those in `blockffn.metrics`::
@@ -43,6 +48,7 @@ class BlockFFN(nn.Module):
         expert_gated: bool = False,
         expert_activation: str = "silu",
         eps: float = 1e-5,
+        threshold: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (("hidden_size", hidden_size), ("num_experts", num_experts),
@@ -58,6 +64,7 @@ class BlockFFN(nn.Module):
         self.routed_experts = RoutedExperts(
             hidden_size, num_experts, moe_intermediate_size, gated=expert_gated, activation=expert_activation, eps=eps
         )
+        self.threshold = threshold
         self.reset_parameters(hidden_size**-0.5)
 
     def reset_parameters(self, std: float) -> None:
@@ -67,5 +74,8 @@ class BlockFFN(nn.Module):
                 nn.init.normal_(parameter, std=std)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        routing = with_shared_experts(self.router(x), self.num_shared_experts)
+        routing = self.router(x)
+        if self.threshold:
+            routing = replace(routing, weights=apply_threshold(routing.weights, self.threshold))
+        routing = with_shared_experts(routing, self.num_shared_experts)
         return self.routed_experts(x, routing.weights), routing

@@ -1,0 +1,159 @@
+"""What a run-time threshold on routing weights costs in quality and saves in work.
+
+Experts whose routing weight is at most the threshold are skipped (`BlockFFNForCausalLM.set_threshold`). Quality and
+sparsity are those of held-out text; the time is that of the sparse FFN alone, one token at a time as in decoding.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockffn.evaluation.perplexity import evaluate
+from blockffn.evaluation.run import heldout_batches, load_run
+from blockffn.metrics.cost import weight_bytes_per_token
+from blockffn.models.causal_lm import BlockFFNForCausalLM
+from blockffn.models.moe import BlockFFN
+from blockffn.ops.quantization import pack_experts
+from blockffn.ops.sparse_ffn import apply_threshold, sparse_ffn, sparse_ffn_packed
+
+THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
+TIMED_TOKENS = 64
+BITS = 16  # of the timed and counted weights
+Step = Callable[[Tensor, Tensor], Tensor]  # one token [1, D] and its routing weights [1, E] to y [1, D]
+
+
+@dataclass(frozen=True)
+class ThresholdPoint:
+    """One row of the curve. Sparsity in percent.
+
+    Attributes:
+        ffn_bytes: of bf16 expert weights that a token reads, all layers.
+        model_bytes: of all bf16 weights that decoding a token reads.
+        ffn_microseconds: median time of one layer's experts for one token, called from Python.
+    """
+
+    threshold: float
+    heldout_loss: float
+    perplexity: float
+    tls: float
+    cls8: float
+    ffn_bytes: float
+    model_bytes: float
+    ffn_microseconds: float
+
+
+def threshold_curve(
+    path: Path,
+    thresholds: Sequence[float] = THRESHOLDS,
+    *,
+    data: Path | None = None,
+    split: str = "valid",
+    sequence_length: int | None = None,
+    max_rows: int | None = None,
+    batch_size: int = 16,
+    device: str | None = None,
+    progress: Callable[[ThresholdPoint], None] = lambda point: None,
+) -> list[ThresholdPoint]:
+    """Evaluate and time the model of `path` at each threshold, in ascending order.
+
+    Args:
+        progress: is called with each point when it is there. Other arguments as for `evaluate_run`.
+
+    Raises:
+        ValueError: no or negative thresholds, a dense model, or as `evaluate_run`.
+    """
+    if not thresholds:
+        raise ValueError("give at least one threshold, e.g. 0")
+    model, tokenizer = load_run(path, device=device)
+    for threshold in (*thresholds, 0.0):  # a wrong one is an error before hours of evaluation
+        model.set_threshold(threshold)
+    pass_over = functools.partial(
+        heldout_batches, path, model, tokenizer, data=data, split=split, sequence_length=sequence_length,
+        max_rows=max_rows, batch_size=batch_size,
+    )  # fmt: skip
+    ids = next(pass_over()[0]).input_ids[:1, :TIMED_TOKENS]
+    layers = list(_decoded_layers(model, ids))
+    points = []
+    for threshold in sorted(set(thresholds)):
+        model.set_threshold(threshold)
+        result = evaluate(model, pass_over()[0])
+        assert result.sparsity is not None  # every model with experts has one
+        tls = result.sparsity.tls
+        total = weight_bytes_per_token(model.config, bits_per_weight=BITS, tls_percent=tls)
+        point = ThresholdPoint(
+            threshold=threshold,
+            heldout_loss=result.heldout_loss,
+            perplexity=result.perplexity,
+            tls=tls,
+            cls8=result.sparsity.cls[8],
+            ffn_bytes=total - weight_bytes_per_token(model.config, bits_per_weight=BITS, tls_percent=100),
+            model_bytes=total,
+            ffn_microseconds=_median_time(layers, threshold) * 1e6,
+        )
+        progress(point)
+        points.append(point)
+    return points
+
+
+def curve_to_dict(path: Path, points: Sequence[ThresholdPoint], **about: Any) -> dict[str, Any]:
+    """Plain data, as `--json` writes it."""
+    return {"model": str(path), "bits_per_weight": BITS, **about, "points": [asdict(point) for point in points]}
+
+
+@torch.no_grad()
+def _decoded_layers(model: BlockFFNForCausalLM, ids: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
+    """`(step, tokens [T, D], routing weights [T, E])` of every layer, on the inputs that it meets in this text."""
+    blocks = [module for module in model.modules() if isinstance(module, BlockFFN)]
+    with _recorded(blocks) as inputs:
+        model(ids.to(model.device), use_cache=False)
+    for block, x in zip(blocks, inputs):
+        experts = block.routed_experts
+        x_TD = x[0].bfloat16()
+        yield _decode_step(experts.up_proj, experts.down_proj, experts.gate_proj), x_TD, block.router(x[0]).weights
+
+
+@contextmanager
+def _recorded(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    inputs: list[Tensor] = []
+    hooks = [block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0])) for block in blocks]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _decode_step(up: Tensor, down: Tensor, gate: Tensor | None) -> Step:
+    """The experts in bf16, in the form in which their device decodes fastest."""
+    if up.device.type == "cpu":
+        packed = pack_experts(up, down, gate_proj_EFD=gate)
+        return lambda x, weights: sparse_ffn_packed(x, packed, weights)
+    stored = [None if w is None else w.bfloat16() for w in (up, down, gate)]
+    return lambda x, weights: sparse_ffn(x, stored[0], stored[1], weights.to(x.dtype), gate_proj_EFD=stored[2])  # type: ignore[arg-type]
+
+
+@torch.inference_mode()
+def _median_time(layers: Sequence[tuple[Step, Tensor, Tensor]], threshold: float, rounds: int = 5) -> float:
+    """Median over tokens and rounds of the seconds a layer, layers taken in turn as in decoding."""
+    num_tokens = layers[0][1].shape[0]
+    kept = [apply_threshold(weights, threshold) for _, _, weights in layers]
+    times = []
+    for _ in range(rounds):
+        for token in range(num_tokens):
+            begin = time.perf_counter()
+            for (step, x, _), weights in zip(layers, kept):
+                step(x[token : token + 1], weights[token : token + 1])
+            if x.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - begin) / len(layers))
+    return statistics.median(times)
