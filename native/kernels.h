@@ -48,13 +48,6 @@ inline void prefetch(const StripCall& call, const uint8_t* weights) {
   __builtin_prefetch(near + 64);
 }
 
-// The same for a kernel that goes over each strip twice, for half of its outputs at a time: each pass asks for its half
-// of the next strip, so that memory works during both.
-inline void prefetch_next_strip(const StripCall& call, const uint8_t* weights, int64_t bytes_per_strip) {
-  const uint8_t* far = weights + bytes_per_strip;
-  __builtin_prefetch(far + (far >= call.reading.end ? call.reading.jump : 0), 0, 2);
-}
-
 // The first bytes of a thread's first stretch, which no earlier stretch has prefetched.
 inline void start_reading(const uint8_t* weights) {
   for (int line = 0; line < (10 << 10); line += 64) __builtin_prefetch(weights + line, 0, 2);

@@ -10,20 +10,9 @@ using blockffn::kInt8;
 using blockffn::Kernels;
 using blockffn::kStrip;
 using blockffn::prefetch;
-using blockffn::prefetch_next_strip;
-using blockffn::strip_bytes;
 using blockffn::StripCall;
 
 constexpr int kVectors = kStrip / Vec::kLanes;
-
-// Asks for weights to come; `w` is where this step reads, `N` the vectors that it takes of each strip.
-template <int kFormat, int N>
-inline void fetch(const StripCall& call, const uint8_t* w) {
-  if constexpr (N == kVectors)
-    prefetch(call, w);
-  else
-    prefetch_next_strip(call, w, strip_bytes(kFormat, call.inputs, call.group));
-}
 
 // `M` tokens times `N` vectors of one strip; `w` is the strip, `first` the first output. Returns the end of the strip.
 template <int kFormat, int M, int N, bool kFetch>
@@ -44,7 +33,7 @@ inline const uint8_t* float_tile(const StripCall& call, const uint8_t* w, int64_
   }
   for (int64_t k = 0; k < call.inputs; k += kInputs, w += kStepBytes) {
     F weight[N];
-    if (kFetch) fetch<kFormat, N>(call, w + lane * 4);
+    if (kFetch) prefetch(call, w);
     for (int n = 0; n < N; ++n) {
       const uint8_t* at = w + (lane + n * Vec::kLanes) * 4;
       weight[n] = kFormat == kBf16 ? Vec::load_bf16_even(at) : Vec::load(reinterpret_cast<const float*>(at));
@@ -84,7 +73,7 @@ inline const uint8_t* dot_group8(const StripCall& call, const uint8_t* w, int64_
   for (const int64_t end = k + call.group; k < end;) {
     for (auto& part : parts) {
       I code[N];
-      if (kFetch) fetch<kInt8, N>(call, w);
+      if (kFetch) prefetch(call, w);
       for (int n = 0; n < N; ++n) code[n] = Vec::load_codes(w + n * Vec::kLanes * 4);
       for (int m = 0; m < M; ++m) {
         const I a = Vec::broadcast_bytes(x[m] + k);
@@ -116,7 +105,7 @@ inline const uint8_t* dot_group4(const StripCall& call, const uint8_t* w, int64_
     const int64_t fits = end - k < Vec::kInputs4 ? end - k : Vec::kInputs4;
     for (const int64_t stop = k + fits; k < stop; k += 8, w += kStrip * 4) {
       I code[N], low[N], high[N];
-      if (kFetch) fetch<kInt4, N>(call, w);
+      if (kFetch) prefetch(call, w);
       for (int n = 0; n < N; ++n) code[n] = Vec::load_codes(w + n * Vec::kLanes * 4);
       for (int n = 0; n < N; ++n) low[n] = Vec::low_nibbles(code[n]);
       for (int n = 0; n < N; ++n) high[n] = Vec::high_nibbles(code[n]);
@@ -181,7 +170,7 @@ inline const uint8_t* tile(const StripCall& call, const uint8_t* w, int64_t firs
     return integer_tile<kFormat, M, N, kFetch>(call, w, first);
 }
 
-// Few tokens take a strip in one pass; more tokens take half of it twice where registers are few. Only the first call
+// Few tokens take a strip in one pass; more tokens take half of it twice where registers are few. Only the first pass
 // over a strip prefetches what follows.
 template <int kFormat, int M>
 void strip_tile(const StripCall& call) {
@@ -189,10 +178,9 @@ void strip_tile(const StripCall& call) {
   const uint8_t* w = call.strips;
   for (int64_t strip = 0; strip < call.num_strips; ++strip) {
     const int64_t first = strip * kStrip;
-    const uint8_t* next = w;
-    for (int lane = 0; lane < kStrip; lane += kWide * Vec::kLanes)
-      next = call.fetch ? tile<kFormat, M, kWide, true>(call, w, first + lane)
-                        : tile<kFormat, M, kWide, false>(call, w, first + lane);
+    const uint8_t* next = call.fetch ? tile<kFormat, M, kWide, true>(call, w, first)
+                                     : tile<kFormat, M, kWide, false>(call, w, first);
+    if constexpr (kWide < kVectors) tile<kFormat, M, kWide, false>(call, w, first + kStrip / 2);
     w = next;
   }
 }

@@ -18,7 +18,7 @@ def blockffn(*arguments: str, cwd: Path | None = None, stdin: str = "") -> subpr
 
 
 @pytest.mark.parametrize("verb", ["demo", "prepare", "train", "evaluate", "zero-shot", "analyze", "generate", "report",
-                                  "presets"])  # fmt: skip
+                                  "presets", "threshold", "formats"])  # fmt: skip
 def test_every_verb_has_help(verb: str) -> None:
     done = blockffn(verb, "--help")
     assert done.returncode == 0
@@ -40,6 +40,9 @@ def test_every_verb_has_help(verb: str) -> None:
     (["analyze", "nowhere"], "nowhere holds no model"),
     (["zero-shot", "nowhere"], "no task: give --task"),
     (["zero-shot", "nowhere", "--task", "blimp"], "is not NAME=FILE"),
+    (["threshold", "nowhere"], "nowhere holds no model"),
+    (["threshold", "nowhere", "--thresholds", "0 few"], "must be numbers"),
+    (["threshold", "nowhere", "--plot", "curve.gif"], "must end in .png or .svg"),
     (["report", "nowhere"], "nowhere"),
     (["prepare", "nowhere.txt", "--out", "x"], "nowhere.txt"),
 ])  # fmt: skip

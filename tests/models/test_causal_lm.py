@@ -183,7 +183,8 @@ def test_an_unknown_preset_or_field_names_the_nearest() -> None:
 
 
 WRONG = [("attention_type", "mqa"), ("ffn_type", "swiglu"), ("router_type", "top"), ("num_experts", 0),
-         ("num_key_value_heads", 3), ("head_dim", 7), ("num_experts", -3), ("vocab_size", "abc")]  # fmt: skip
+         ("num_key_value_heads", 3), ("head_dim", 7), ("num_experts", -3), ("vocab_size", "abc"),
+         ("routing_threshold", -0.5)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG)

@@ -7,7 +7,19 @@ import sys
 
 import typer
 
-from blockffn.cli import analyze, demo, evaluate, generate, prepare, presets, report, threshold, train, zero_shot
+from blockffn.cli import (
+    analyze,
+    demo,
+    evaluate,
+    formats,
+    generate,
+    prepare,
+    presets,
+    report,
+    threshold,
+    train,
+    zero_shot,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,7 +29,7 @@ app = typer.Typer(
     help="Sparse language models with differentiable ReLU routing: train, measure, generate.\n\n"
     "Start with [bold]blockffn demo[/]: it trains a small model on this machine and shows what it learnt.",
 )
-for verb in (demo, prepare, train, evaluate, zero_shot, analyze, generate, threshold, report, presets):
+for verb in (demo, prepare, train, evaluate, zero_shot, analyze, generate, threshold, formats, report, presets):
     verb.register(app)
 
 

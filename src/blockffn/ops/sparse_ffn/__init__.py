@@ -93,13 +93,12 @@ def sparse_ffn_packed(
     Raises:
         ValueError: shapes disagree, `threshold` is negative, or `backend` is unknown or cannot take the arguments.
     """
-    expected = {
-        "x": (x_TD, (x_TD.shape[0], experts.hidden_size)),
-        "weights": (weights_TE, (x_TD.shape[0], experts.num_experts)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"sparse_ffn_packed: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+    T = x_TD.shape[0]
+    if x_TD.shape != (T, experts.hidden_size):
+        raise ValueError(f"sparse_ffn_packed: x has shape {tuple(x_TD.shape)}, expected {(T, experts.hidden_size)}")
+    if weights_TE.shape != (T, experts.num_experts):
+        expected = (T, experts.num_experts)
+        raise ValueError(f"sparse_ffn_packed: weights has shape {tuple(weights_TE.shape)}, expected {expected}")
     if not threshold >= 0:
         raise ValueError(f"threshold must be at least 0, got {threshold}")
     arguments = (x_TD, experts, weights_TE, threshold)

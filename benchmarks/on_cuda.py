@@ -1,0 +1,215 @@
+"""The sparse FFN on a GPU: methods, timings inside CUDA graphs with cold weights, and training steps.
+
+A timing is a CUDA graph over many layers, each with its own weights and routing, together several times larger than the
+L2 cache: weights are always cold, launches are free of Python. Many tokens are timed as called from Python, forward
+alone and with backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from layers import SHAPES, Chunk, Row, Shape, index_select, random_experts, relative_error, routing_weights
+from torch import Tensor
+
+from blockffn.ops.sparse_ffn import sparse_ffn
+
+GRAPH_BYTES = 256 << 20  # of active experts in one graph: four times the largest L2 cache
+LEAST_LAYERS = 16
+DTYPE = torch.bfloat16
+TOLERANCE = 5e-3
+PREFILL = [(256, 0.125), (1024, 0.125), (4096, 0.125), (4096, 0.25), (4096, 0.5), (16384, 0.125), (16384, 0.25)]
+
+
+@dataclass(frozen=True)
+class Layer:
+    x: Tensor
+    up: Tensor
+    down: Tensor
+    weights: Tensor
+    union: Tensor
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.x, self.up, self.down, self.weights
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to compute a layer. `prepare` turns one into what `run` takes: its weights in the method's own storage.
+
+    `bits` and `sparse` say which bytes of weights it reads; `tolerance` is that of its error against the reference.
+    """
+
+    run: Callable[[Any], Tensor]
+    prepare: Callable[[Layer], Any] = lambda layer: layer
+    bits: float = 16
+    sparse: bool = True
+    tolerance: float = TOLERANCE
+
+
+BASELINE = "torch dense bf16"
+METHODS: dict[str, Method] = {
+    "triton bf16": Method(lambda layer: sparse_ffn(*layer.inputs(), backend="triton")),
+    "auto bf16": Method(lambda layer: sparse_ffn(*layer.inputs())),
+    "torch index_select bf16": Method(
+        lambda layer: index_select(*layer.inputs(), layer.union), tolerance=4 * TOLERANCE
+    ),
+    BASELINE: Method(lambda layer: sparse_ffn(*layer.inputs(), backend="dense"), sparse=False, tolerance=4 * TOLERANCE),
+}
+
+
+def chunks() -> list[Chunk]:
+    """One token, chunks of speculative decoding, and unions so large that the dense product catches up."""
+    tokens = [(1, 0.125, 0.125), (1, 0.15, 0.15), (1, 1.0, 1.0), (2, 0.125, 0.2), (4, 0.125, 0.25)]
+    tokens += [(T, 0.125, 0.31) for T in (8, 16, 32)] + [(64, 0.125, 0.45)]
+    tokens += [(T, 0.125, 0.6) for T in (8, 16, 32)] + [(T, 0.5, 1.0) for T in (8, 16, 32, 64)]
+    return [Chunk(*row) for row in tokens]
+
+
+def median_time(run: Callable[[], object], rounds: int = 10, repeats: int = 1) -> tuple[float, float]:
+    """Median and best microseconds of a call, between device events."""
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(rounds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / repeats)
+    return statistics.median(times), min(times)
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a copy of one gigabyte."""
+    source = torch.randint(0, 100, (1 << 30,), dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (median_time(lambda: target.copy_(source))[0] * 1e-6)
+
+
+def graph_time(run: Callable[[Any], Tensor], layers: list[Any], rounds: int) -> tuple[float, float]:
+    """Median and best microseconds a layer, of a CUDA graph over all of them."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run(layers[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in layers:
+            run(layer)
+    median, best = median_time(graph.replay, rounds, repeats=5)
+    return median / len(layers), best / len(layers)
+
+
+class Bench:
+    """Layers of one shape, and the timings of all methods over them."""
+
+    def __init__(self, shape_name: str, methods: dict[str, Method]) -> None:
+        self.name, self.shape, self.methods = shape_name, SHAPES[shape_name], methods
+        smallest = min(chunk.counts(self.shape)[1] for chunk in chunks())
+        count = self._layers_for(smallest)
+        self.experts = [random_experts(self.shape, "cuda", DTYPE) for _ in range(count)]
+
+    def _layers_for(self, num_union: int) -> int:
+        return max(LEAST_LAYERS, math.ceil(GRAPH_BYTES / (num_union * self.shape.weights_per_expert * 2)))
+
+    def run(self, chunk: Chunk, rounds: int, seconds: float) -> list[Row]:
+        """Check every method, then time those that are right. `seconds` is the CPU's."""
+        E, (num_active, num_union) = self.shape.num_experts, chunk.counts(self.shape)
+        layers = [self._layer(chunk, *experts) for experts in self.experts[: self._layers_for(num_union)]]
+        expected = sparse_ffn(*(tensor.float() for tensor in layers[0].inputs()), backend="reference")
+        rows = []
+        for name, method in self.methods.items():
+            prepared = [method.prepare(layer) for layer in layers]
+            error = relative_error(method.run(prepared[0]), expected)
+            if not error <= method.tolerance:
+                print(f"{name}: error {error:.1e} is too large; not timed")
+                continue
+            time, best = graph_time(method.run, prepared, rounds)
+            expert = self.shape.weights_per_expert * method.bits / 8
+            size = round((num_union if method.sparse else E) * expert)
+            rows.append(
+                Row(
+                    shape=self.name, num_tokens=chunk.num_tokens, share=num_active / E, union_share=num_union / E,
+                    method=name, error=error, microseconds=time, best_microseconds=best, bytes_read=size,
+                    gigabytes_per_second=size / time / 1e3,
+                    percent_of_floor=num_union * expert / copy_bandwidth() / time * 1e8, bandwidth=copy_bandwidth(),
+                )
+            )  # fmt: skip
+        dense = next((row.microseconds for row in rows if row.method == BASELINE), None)
+        return [replace(row, times_dense=dense / row.microseconds if dense else None) for row in rows]
+
+    def _layer(self, chunk: Chunk, up: Tensor, down: Tensor) -> Layer:
+        weights = routing_weights(chunk, self.shape).to("cuda", DTYPE)
+        x = torch.randn(chunk.num_tokens, self.shape.hidden_size, device="cuda", dtype=DTYPE)
+        return Layer(x, up, down, weights, weights.any(dim=0).nonzero().squeeze(-1))
+
+
+@dataclass(frozen=True)
+class PrefillRow:
+    shape: str
+    num_tokens: int
+    share: float
+    backward: bool
+    triton_microseconds: float
+    dense_microseconds: float
+    times_dense: float
+    error: float
+
+
+def time_prefill(name: str, num_tokens: int, share: float) -> list[PrefillRow]:
+    """Many tokens, each with its own random experts: the forward pass, and forward with backward."""
+    shape: Shape = SHAPES[name]
+    up, down = random_experts(shape, "cuda", DTYPE)
+    x, dy = (torch.randn(num_tokens, shape.hidden_size, device="cuda", dtype=DTYPE) for _ in range(2))
+    weights = torch.rand(num_tokens, shape.num_experts, device="cuda") + 0.5
+    weights = (weights * (torch.rand_like(weights) < share)).to(DTYPE)
+    inputs = [tensor.requires_grad_() for tensor in (x, up, down, weights)]
+
+    def forward(backend: str) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (sparse_ffn(*inputs, backend=backend),)
+
+    def both(backend: str) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(sparse_ffn(*inputs, backend=backend), inputs, dy)
+
+    rows = []
+    for backward, run in ((False, forward), (True, both)):
+        error = relative_error(run("triton")[0], run("dense")[0])  # of y, or of the gradient of x
+        if error > 2 * TOLERANCE:  # either of the two may be off by TOLERANCE
+            print(f"{num_tokens} tokens: error {error:.1e}; not timed")
+            continue
+        ours, dense = (median_time(functools.partial(run, backend))[0] for backend in ("triton", "dense"))
+        rows.append(PrefillRow(name, num_tokens, share, backward, ours, dense, dense / ours, error))
+    return rows
+
+
+def print_prefill(rows: list[PrefillRow]) -> None:
+    print(
+        f"\n{'shape':<10}{'tokens':>8}{'active':>8}{'':>20}{'triton us':>11}{'dense us':>10}{'x dense':>9}{'error':>9}"
+    )
+    for r in rows:
+        what = "forward + backward" if r.backward else "forward"
+        print(
+            f"{r.shape:<10}{r.num_tokens:>8}{r.share:>8.1%}{what:>20}{r.triton_microseconds:>11.0f}"
+            f"{r.dense_microseconds:>10.0f}{r.times_dense:>9.2f}{r.error:>9.1e}"
+        )
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers are measured on."""
+    return {
+        "device": torch.cuda.get_device_name(),
+        "copy_bandwidth": copy_bandwidth(),
+        "triton": triton.__version__,
+    }

@@ -1,0 +1,43 @@
+"""`blockffn formats`: what a packed weight format quantises, and the error of each format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockffn.cli.output import check_json, write_json
+
+
+def register(app: typer.Typer) -> None:
+    app.command("formats")(formats)
+
+
+def formats(
+    path: Annotated[Path, typer.Argument(help="Folder of a run, or of a model.", show_default=False)],
+    format: Annotated[str, typer.Option(help="Format to show tensor by tensor: f32, bf16, int8 or int4.")] = "int8",
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write both tables to this file.")] = None,
+) -> None:
+    """List which tensors a format quantises and with what error, then the error of every format on FFN outputs."""
+    check_json(json_path)
+
+    from dataclasses import asdict
+
+    from blockffn.evaluation.formats import format_errors, stored_weights
+    from blockffn.evaluation.run import load_run
+    from blockffn.ops.quantization import coverage_table
+
+    model, _ = load_run(path, device="cpu")
+    weights = stored_weights(model, format, group_size=group_size)
+    errors = format_errors(model, group_size=group_size)
+    print(coverage_table(weights))
+    print("\nformat  bits/weight  relative error of the sparse FFN's output")
+    for row in errors:
+        print(f"{row.format:<6}  {row.bits_per_weight:>11.2f}  {row.output_error:>14.3%}")
+    write_json(
+        json_path,
+        {"model": str(path), "group_size": group_size, "tensors": [asdict(w) for w in weights],
+         "formats": [asdict(row) for row in errors]},
+    )  # fmt: skip
