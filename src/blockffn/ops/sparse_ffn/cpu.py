@@ -8,6 +8,7 @@ differentiable.
 from __future__ import annotations
 
 import functools
+import math
 from ctypes import pointer
 
 import torch
@@ -19,10 +20,11 @@ from blockffn.ops.quantization import PackedExperts
 from blockffn.ops.registration import define
 
 # (most tokens, share of active pairs) up to which the kernels over plain experts are not slower than torch's dense
-# product, measured by benchmarks/ops_crossing.py on a processor without bf16 products; beyond 512 tokens: not measured.
+# product, measured by `benchmarks/ops.py --crossing` on processors without bf16 products, whose dense bf16 product is
+# slower at any number of tokens; float32 beyond 512 tokens is not measured.
 SPARSE_SHARE_LIMITS = {
     torch.float32: ((8, 0.8), (16, 0.55), (64, 0.4), (512, 0.3)),
-    torch.bfloat16: ((512, 1.0),),
+    torch.bfloat16: ((math.inf, 1.0),),
 }
 # Not measured: where torch has bf16 products, the dense product is soon limited by memory alone, and the kernels keep
 # only what reading fewer bytes must win.
