@@ -67,11 +67,11 @@ def format_errors(
     """The error of each format on the outputs of the sparse FFNs, for random normal tokens that the model routes.
 
     Raises:
-        ValueError: a dense model, which has no experts.
+        ValueError: a dense model, or experts with another activation than SiLU.
     """
     blocks = [module for module in model.modules() if isinstance(module, BlockFFN)]
-    if not blocks:
-        raise ValueError("a dense model has no experts to pack")
+    if not blocks or any(block.routed_experts.activation_norm is not None for block in blocks):
+        raise ValueError("packed formats are for models with experts whose activation is silu")
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(num_tokens, model.config.hidden_size, generator=generator)
     return [
@@ -81,7 +81,7 @@ def format_errors(
 
 
 def _output_error(block: BlockFFN, x: Tensor, format: str, group_size: int) -> tuple[float, float]:
-    experts, weights = block.routed_experts, block.router(x).weights
+    experts, weights = block.routed_experts, block(x)[1].weights
     up, down, gate = experts.up_proj, experts.down_proj, experts.gate_proj
     packed = pack_experts(up, down, gate_proj_EFD=gate, format=format, group_size=group_size)
     expected = sparse_ffn(x, up, down, weights.to(x.dtype), gate_proj_EFD=gate, backend="reference")

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from blockffn.evaluation.perplexity import evaluate
 from blockffn.evaluation.run import heldout_batches, load_run
 from blockffn.metrics.cost import weight_bytes_per_token
 from blockffn.models.causal_lm import BlockFFNForCausalLM
+from blockffn.models.experts import RoutedExperts
 from blockffn.models.moe import BlockFFN
 from blockffn.ops.quantization import pack_experts
-from blockffn.ops.sparse_ffn import apply_threshold, sparse_ffn, sparse_ffn_packed
+from blockffn.ops.sparse_ffn import sparse_ffn, sparse_ffn_packed
 
 THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 TIMED_TOKENS = 64
@@ -98,7 +100,7 @@ def threshold_curve(
             cls8=result.sparsity.cls[8],
             ffn_bytes=total - weight_bytes_per_token(model.config, bits_per_weight=BITS, tls_percent=100),
             model_bytes=total,
-            ffn_microseconds=_median_time(layers, threshold) * 1e6,
+            ffn_microseconds=_median_time(layers) * 1e6,
         )
         progress(point)
         points.append(point)
@@ -111,15 +113,13 @@ def curve_to_dict(path: Path, points: Sequence[ThresholdPoint], **about: Any) ->
 
 
 @torch.no_grad()
-def _decoded_layers(model: BlockFFNForCausalLM, ids: Tensor) -> Iterator[tuple[Step, Tensor, Tensor]]:
-    """`(step, tokens [T, D], routing weights [T, E])` of every layer, on the inputs that it meets in this text."""
+def _decoded_layers(model: BlockFFNForCausalLM, ids: Tensor) -> Iterator[tuple[BlockFFN, Step, Tensor]]:
+    """`(layer, its step, tokens [T, D])`: every layer with the inputs that it meets in this text."""
     blocks = [module for module in model.modules() if isinstance(module, BlockFFN)]
     with _recorded(blocks) as inputs:
         model(ids.to(model.device), use_cache=False)
     for block, x in zip(blocks, inputs):
-        experts = block.routed_experts
-        x_TD = x[0].bfloat16()
-        yield _decode_step(experts.up_proj, experts.down_proj, experts.gate_proj), x_TD, block.router(x[0]).weights
+        yield block, _decode_step(block.routed_experts), x[0]
 
 
 @contextmanager
@@ -133,8 +133,12 @@ def _recorded(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def _decode_step(up: Tensor, down: Tensor, gate: Tensor | None) -> Step:
+def _decode_step(experts: RoutedExperts) -> Step:
     """The experts in bf16, in the form in which their device decodes fastest."""
+    if experts.activation_norm is not None:  # which no packed format knows
+        copy = deepcopy(experts).bfloat16()
+        return lambda x, weights: copy(x, weights)
+    up, down, gate = experts.up_proj, experts.down_proj, experts.gate_proj
     if up.device.type == "cpu":
         packed = pack_experts(up, down, gate_proj_EFD=gate)
         return lambda x, weights: sparse_ffn_packed(x, packed, weights)
@@ -143,17 +147,17 @@ def _decode_step(up: Tensor, down: Tensor, gate: Tensor | None) -> Step:
 
 
 @torch.inference_mode()
-def _median_time(layers: Sequence[tuple[Step, Tensor, Tensor]], threshold: float, rounds: int = 5) -> float:
+def _median_time(layers: Sequence[tuple[BlockFFN, Step, Tensor]], rounds: int = 5) -> float:
     """Median over tokens and rounds of the seconds a layer, layers taken in turn as in decoding."""
-    num_tokens = layers[0][1].shape[0]
-    kept = [apply_threshold(weights, threshold) for _, _, weights in layers]
+    num_tokens, device = layers[0][2].shape[0], layers[0][2].device
+    calls = [(step, x.bfloat16(), block(x)[1].weights) for block, step, x in layers]
     times = []
     for _ in range(rounds):
         for token in range(num_tokens):
             begin = time.perf_counter()
-            for (step, x, _), weights in zip(layers, kept):
+            for step, x, weights in calls:
                 step(x[token : token + 1], weights[token : token + 1])
-            if x.device.type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - begin) / len(layers))
     return statistics.median(times)

@@ -26,8 +26,8 @@ class BlockFFN(nn.Module):
         expert_gated: gated experts (an ablation; they lose most of the sparsity).
         expert_activation: `silu` or `norm_silu`.
         eps: epsilon of the default router's norm.
-        threshold: routed experts with `|weight| <= threshold` are skipped, and count as inactive in the returned routing. May
-            be changed at any time through the attribute of this name.
+        threshold: routed experts with `|weight| <= threshold` are skipped, and count as inactive in the returned
+            routing. May be changed at any time through the attribute of this name.
 
     `forward(x)` takes tokens `[..., D]` and returns `(y [..., D], Routing of [..., E])`. Penalise the routing with the
     functions in `blockffn.objectives`, measure it with those in `blockffn.metrics`::
