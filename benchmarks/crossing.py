@@ -42,12 +42,15 @@ def time_backends(
             times[backend] = time.perf_counter() - start
         for backend in BACKENDS:
             ratios[backend].append(times[backend] / times["dense"])
-        if number + 1 >= rounds and time.perf_counter() - begin > seconds:
+        elapsed = time.perf_counter() - begin
+        if elapsed > seconds and (number + 1 >= rounds or elapsed > 10 * seconds):
             break
     return {backend: statistics.median(values) for backend, values in ratios.items()}
 
 
-def crossing(shapes: list[str], dtypes: list[str], *, rounds: int, seconds: float) -> list[dict[str, Any]]:
+def crossing(
+    shapes: list[str], dtypes: list[str], *, tokens: list[int] | None, rounds: int, seconds: float
+) -> list[dict[str, Any]]:
     """Print and return the table; a `!` marks where `auto` is slower than the dense product."""
     rows = []
     for name in shapes:
@@ -59,7 +62,7 @@ def crossing(shapes: list[str], dtypes: list[str], *, rounds: int, seconds: floa
                 f"\n{name}, {dtype}: time of the sparse kernel over the dense product | of auto over the dense product"
             )
             print("tokens" + "".join(f"{share:>15.0%}" for share in SHARES))
-            for num_tokens in TOKENS:
+            for num_tokens in tokens or TOKENS:
                 cells = []
                 for share in SHARES:
                     with torch.inference_mode():

@@ -74,7 +74,11 @@ def main() -> None:
         from on_cpu import machine
 
         data["crossing"] = crossing(
-            options.shapes or ["0.1B", "1.2B"], options.dtypes, rounds=options.rounds, seconds=options.seconds
+            options.shapes or ["0.1B", "1.2B"],
+            options.dtypes,
+            tokens=options.tokens,
+            rounds=options.rounds,
+            seconds=options.seconds,
         )
     elif options.device == "cpu":
         import on_cpu as module
