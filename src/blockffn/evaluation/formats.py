@@ -49,14 +49,18 @@ def stored_weights(
     for name, weight in model.named_parameters():
         owner, matrix = owners[name], weight.detach().float()
         if isinstance(owner, RoutedExperts):
-            matrix = (matrix.transpose(1, 2) if name.endswith("down_proj") else matrix).flatten(0, 1)
+            matrix = matrix.transpose(1, 2) if name.endswith("down_proj") else matrix
         elif not isinstance(owner, nn.Linear) or ".router." in name:
             error = relative_error(matrix, matrix.to(torch.bfloat16).float())
             rows.append(StoredWeight(name, tuple(weight.shape), PLAIN, 2 * weight.numel(), error))
             continue
-        packed = pack_linear(matrix, format=format, group_size=group_size)
-        error = relative_error(matrix, packed.unpack())
-        rows.append(StoredWeight(name, tuple(weight.shape), format, packed.layout.num_bytes, error))
+        # Experts are packed one by one, each padded to whole strips and groups.
+        packed = [
+            pack_linear(one, format=format, group_size=group_size) for one in matrix.reshape(-1, *matrix.shape[-2:])
+        ]
+        error = relative_error(matrix.flatten(0, -2), torch.cat([one.unpack() for one in packed]))
+        num_bytes = sum(one.layout.num_bytes for one in packed)
+        rows.append(StoredWeight(name, tuple(weight.shape), format, num_bytes, error))
     return rows
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockffn.evaluation.perplexity import evaluate
+from blockffn.evaluation.perplexity import Evaluation, evaluate
 from blockffn.evaluation.run import heldout_batches, load_run
 from blockffn.metrics.cost import weight_bytes_per_token
 from blockffn.models.causal_lm import BlockFFNForCausalLM
@@ -32,6 +32,7 @@ THRESHOLDS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 TIMED_TOKENS = 64
 BITS = 16  # of the timed and counted weights
 Step = Callable[[Tensor, Tensor], Tensor]  # one token [1, D] and its routing weights [1, E] to y [1, D]
+Call = tuple[Step, Tensor, Tensor]  # a layer's step with its tokens [T, D] and their routing weights [T, E]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class ThresholdPoint:
     ffn_microseconds: float
 
 
+@torch.no_grad()
 def threshold_curve(
     path: Path,
     thresholds: Sequence[float] = THRESHOLDS,
@@ -64,12 +66,8 @@ def threshold_curve(
     max_rows: int | None = None,
     batch_size: int = 16,
     device: str | None = None,
-    progress: Callable[[ThresholdPoint], None] = lambda point: None,
 ) -> list[ThresholdPoint]:
-    """Evaluate and time the model of `path` at each threshold, in ascending order.
-
-    Args:
-        progress: is called with each point when it is there. Other arguments as for `evaluate_run`.
+    """Evaluate and time the model of `path` at each threshold, in ascending order. Arguments as for `evaluate_run`.
 
     Raises:
         ValueError: no or negative thresholds, a dense model, or as `evaluate_run`.
@@ -85,26 +83,29 @@ def threshold_curve(
     )  # fmt: skip
     ids = next(pass_over()[0]).input_ids[:1, :TIMED_TOKENS]
     layers = list(_decoded_layers(model, ids))
-    points = []
+    results, calls = [], []
     for threshold in sorted(set(thresholds)):
         model.set_threshold(threshold)
-        result = evaluate(model, pass_over()[0])
-        assert result.sparsity is not None  # every model with experts has one
-        tls = result.sparsity.tls
-        total = weight_bytes_per_token(model.config, bits_per_weight=BITS, tls_percent=tls)
-        point = ThresholdPoint(
-            threshold=threshold,
-            heldout_loss=result.heldout_loss,
-            perplexity=result.perplexity,
-            tls=tls,
-            cls8=result.sparsity.cls[8],
-            ffn_bytes=total - weight_bytes_per_token(model.config, bits_per_weight=BITS, tls_percent=100),
-            model_bytes=total,
-            ffn_microseconds=_median_time(layers) * 1e6,
-        )
-        progress(point)
-        points.append(point)
-    return points
+        results.append((threshold, evaluate(model, pass_over()[0])))
+        calls.append([(step, x.bfloat16(), block(x)[1].weights) for block, step, x in layers])
+    seconds = _median_times(calls)
+    return [_point(model, *result, time) for result, time in zip(results, seconds)]
+
+
+def _point(model: BlockFFNForCausalLM, threshold: float, result: Evaluation, seconds: float) -> ThresholdPoint:
+    assert result.sparsity is not None  # every model with experts has one
+    tls = result.sparsity.tls
+    total = weight_bytes_per_token(model.config, bits_per_weight=BITS, tls_percent=tls)
+    return ThresholdPoint(
+        threshold=threshold,
+        heldout_loss=result.heldout_loss,
+        perplexity=result.perplexity,
+        tls=tls,
+        cls8=result.sparsity.cls[8],
+        ffn_bytes=total - weight_bytes_per_token(model.config, bits_per_weight=BITS, tls_percent=100),
+        model_bytes=total,
+        ffn_microseconds=seconds * 1e6,
+    )
 
 
 def curve_to_dict(path: Path, points: Sequence[ThresholdPoint], **about: Any) -> dict[str, Any]:
@@ -147,17 +148,17 @@ def _decode_step(experts: RoutedExperts) -> Step:
 
 
 @torch.inference_mode()
-def _median_time(layers: Sequence[tuple[BlockFFN, Step, Tensor]], rounds: int = 5) -> float:
-    """Median over tokens and rounds of the seconds a layer, layers taken in turn as in decoding."""
-    num_tokens, device = layers[0][2].shape[0], layers[0][2].device
-    calls = [(step, x.bfloat16(), block(x)[1].weights) for block, step, x in layers]
-    times = []
+def _median_times(thresholds: Sequence[Sequence[Call]], rounds: int = 9) -> list[float]:
+    """Median seconds a layer for the calls of each threshold. Thresholds take turns, so that noise meets all alike."""
+    times: list[list[float]] = [[] for _ in thresholds]
+    num_tokens, device = thresholds[0][0][1].shape[0], thresholds[0][0][1].device
     for _ in range(rounds):
         for token in range(num_tokens):
-            begin = time.perf_counter()
-            for step, x, weights in calls:
-                step(x[token : token + 1], weights[token : token + 1])
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - begin) / len(layers))
-    return statistics.median(times)
+            for own, calls in zip(times, thresholds):
+                begin = time.perf_counter()
+                for step, x, weights in calls:
+                    step(x[token : token + 1], weights[token : token + 1])
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                own.append((time.perf_counter() - begin) / len(calls))
+    return [statistics.median(own) for own in times]

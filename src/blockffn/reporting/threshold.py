@@ -29,11 +29,11 @@ def threshold_curve(
     quality.plot(read, losses, "o-", color=BLUE, markersize=4)
     low, high = min(losses), max(losses)
     for x, y, threshold in zip(read, losses, thresholds):
-        quality.annotate(f"{threshold:g}", (x, y), (4, 4), textcoords="offset points", color=GREY)
+        quality.annotate(f"{threshold:g}", (x, y), (0, 7), textcoords="offset points", color=GREY, ha="center")
     quality.set_ylim(low - 0.1 * (high - low or 1), high + 0.15 * (high - low or 1))
     quality.invert_xaxis()
-    quality.set_title("Held-out loss, nats per token; numbers: threshold")
-    quality.set_xlabel("expert weights read per token, % of those without a threshold")
+    quality.set_title("Held-out loss; the numbers are thresholds")
+    quality.set_xlabel("expert weights read per token, % of threshold 0")
     places = range(len(thresholds))  # evenly spaced: thresholds are chosen by factors
     times = [100 * value / microseconds[0] for value in microseconds]
     for name, values, color in (("time", times, ORANGE), ("bytes", read, BLUE), ("TLS", list(sparsity), GREEN)):
@@ -41,6 +41,6 @@ def threshold_curve(
         speed.annotate(name, (places[-1], values[-1]), (6, 0), textcoords="offset points", color=color, va="center")
     speed.set_ylim(0, max(102.0, *times))
     speed.set_xticks(list(places), [f"{threshold:g}" for threshold in thresholds])
-    speed.set_title("Percent: FFN time and bytes of threshold 0; idle experts (TLS)")
+    speed.set_title("FFN time and bytes, % of threshold 0; TLS, %")
     speed.set_xlabel("threshold on routing weights")
     return figure
