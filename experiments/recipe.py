@@ -1,4 +1,4 @@
-"""How the recipe of `mini` was chosen: learning rates and coefficients on a third of the tokens, seed 0.
+"""How the recipe of `mini` is chosen: learning rates, coefficients, initial scales; a third of the tokens, seed 0.
 
     python experiments/recipe.py --data DATA --gpus 2 --per-gpu 3 --only lr-
 
@@ -14,10 +14,16 @@ from blockffn.experiments.suite import PUBLISHED_SIZE, Experiment
 STEPS = 300
 SEED = 0
 SHORT = ("schedule.warmup_steps=30",)
+# The published recipe starts with attention far weaker than the FFN, which costs a short run most of its time.
+STARTS = {
+    "kv_b-0.1": ["model.kv_b_initializer_range=0.1"],
+    "matrices-0.05": ["model.initializer_range=0.05"],
+    "both": ["model.initializer_range=0.05", "model.kv_b_initializer_range=0.05"],
+}
 
 
 def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
-    """Learning rates of two controls; then locality, the router's rate and its precision for BlockFFN."""
+    """Learning rates of two controls; locality, the router's rate and precision for BlockFFN; where training starts."""
     runs = []
 
     def add(name: str, label: str, *changes: str, method: str = "blockffn") -> None:
@@ -36,6 +42,11 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
             add(f"al-{locality}-router-{rate}", f"locality {locality}, router's rate {rate}", locality_of(locality),
                 f"optimizer.router_learning_rate={rate}")  # fmt: skip
     add("router-float32", "float32 router", "model.router_dtype=float32")
+    for label, changes in STARTS.items():
+        for method in ("blockffn", "dense", "topk"):
+            add(f"start-{label}-{method}", f"{method}, {label}", *changes, method=method)
+    for scale in (0.3, 0.1):
+        add(f"start-scale-{scale}", f"router's scale from {scale}", f"model.router_scale_initializer={scale}")
     return runs
 
 

@@ -46,7 +46,7 @@ def test_decos_coefficient_has_the_same_range_in_a_run_of_any_length() -> None:
 def test_changing_the_settings_leaves_the_tables_alone() -> None:
     before = objective_terms_of("mini", "blockffn")
     changes = {"objectives": {"terms": {"activation_locality": {"value": 9.0}, "chunk_sparsification": None}}}
-    assert train_settings("mini", "blockffn", changes).objectives.terms == {
+    assert train_settings("0.1b", "blockffn", changes).objectives.terms == {
         "activation_locality": {"kind": "constant", "value": 9.0}
     }
     assert objective_terms_of("mini", "blockffn") == before

@@ -32,6 +32,7 @@ class BlockFFNConfig(PreTrainedConfig):
         router_dtype: in which the router multiplies with its projection: `model` (that of the model, bfloat16 under
             autocast) or `float32`. Everything after the product is float32 either way.
         router_initializer_range: standard deviation of the router's projection; `None`: as the other matrices.
+        router_scale_initializer: start of the learned factors of `relu_rmsnorm` (its norm's scale) and `relu_scaled`.
         router_jitter_noise: `sparsemixer` samples among logits within twice this of the largest, relative to their
             size.
         routing_threshold: experts whose routing weight is at most this in magnitude are skipped; 0 keeps all. A
@@ -66,6 +67,7 @@ class BlockFFNConfig(PreTrainedConfig):
     router_type: str = "relu_rmsnorm"
     router_dtype: str = "model"
     router_initializer_range: float | None = None
+    router_scale_initializer: float = 1.0
     router_jitter_noise: float = 0.1
     routing_threshold: float = 0.0
     num_experts: int = 48
@@ -156,6 +158,9 @@ class BlockFFNConfig(PreTrainedConfig):
                 f"num_experts_per_tok must be above num_shared_experts ({self.num_shared_experts}) and at most "
                 f"num_experts ({self.num_experts}), got {self.num_experts_per_tok}"
             )
+        scale = self.router_scale_initializer
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"router_scale_initializer must be finite and positive, got {scale}")
         if not 0 <= self.router_jitter_noise < float("inf"):
             raise ValueError(f"router_jitter_noise must be finite and at least 0, got {self.router_jitter_noise}")
         if self.expert_gated and self.expert_activation != "silu":

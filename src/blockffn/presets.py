@@ -56,7 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # As the published training code has it, but for what all methods share here: attention, scales (DECO has no muP),
     # optimiser. Its shared expert is gated; here it is one more of the non-gated experts, so that parameters match.
     "deco": {"ffn_type": "moe", "router_type": "relu_scaled", "router_dtype": "float32", "num_shared_experts": 1,
-             "first_k_dense_replace": 1, "expert_activation": "norm_silu"},
+             "router_scale_initializer": 0.1, "first_k_dense_replace": 1, "expert_activation": "norm_silu"},
 }  # fmt: skip
 
 

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.models.moe import BlockFFN
 from blockffn.models.routers.relu_rmsnorm import ReLURMSNormRouter
+from blockffn.presets import preset_config
 
 
 def router_with(logits: list[float], scale: list[float]) -> tuple[ReLURMSNormRouter, torch.Tensor]:
@@ -70,3 +72,9 @@ def test_a_size_below_one_is_refused_by_name(field: str) -> None:
     sizes = {"hidden_size": 4, "num_experts": 2, "moe_intermediate_size": 3, field: 0}
     with pytest.raises(ValueError, match=field):
         BlockFFN(**sizes)
+
+
+def test_the_scale_starts_where_the_configuration_says() -> None:
+    config = preset_config("nano", vocab_size=32, num_hidden_layers=1, router_scale_initializer=0.25)
+    router = BlockFFNForCausalLM(config).model.layers[0].mlp.router
+    assert (router.norm.weight == 0.25).all()

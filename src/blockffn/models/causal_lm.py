@@ -105,9 +105,7 @@ class BlockFFNPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RoutedExperts):
             for weight in module.parameters(recurse=False):
                 init.normal_(weight, std=std)
-        elif isinstance(module, RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, ExpertScale):
+        elif isinstance(module, RMSNorm | ExpertScale):
             init.constant_(module.weight, module.initial)
 
 

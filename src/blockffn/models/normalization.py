@@ -7,12 +7,16 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x²) + eps) * weight` over the last dimension, in the dtype of `x` with float32 statistics."""
+    """`x / sqrt(mean(x²) + eps) * weight` over the last dimension, in the dtype of `x` with float32 statistics.
 
-    def __init__(self, size: int, *, eps: float) -> None:
+    Args:
+        initial: where the weights start.
+    """
+
+    def __init__(self, size: int, *, eps: float, initial: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((size,), initial))
+        self.eps, self.initial = eps, initial
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()

@@ -12,9 +12,6 @@ from blockffn.models.routers.relu_rmsnorm import ReLURMSNormRouter
 from blockffn.models.routers.sparsemixer import SparseMixerRouter
 from blockffn.models.routers.topk import TopKRouter
 
-# Where DECO's published training code starts the factor of each expert.
-DECO_INITIAL_SCALE = 0.1
-
 
 def make_router(config: BlockFFNConfig) -> nn.Module:
     """The router that `config.router_type` names, over the experts that are not shared."""
@@ -23,11 +20,12 @@ def make_router(config: BlockFFNConfig) -> nn.Module:
     projection: dict[str, Any] = {"dtype": config.router_dtype, "initializer_range": config.router_initializer_range}
     match config.router_type:
         case "relu_rmsnorm":
-            return ReLURMSNormRouter(*sizes, eps=config.rms_norm_eps, **projection)
+            scale = config.router_scale_initializer
+            return ReLURMSNormRouter(*sizes, eps=config.rms_norm_eps, initial_scale=scale, **projection)
         case "relu":
             return ReLURouter(*sizes, **projection)
         case "relu_scaled":
-            return ReLURouter(*sizes, initial_scale=DECO_INITIAL_SCALE, **projection)
+            return ReLURouter(*sizes, initial_scale=config.router_scale_initializer, **projection)
         case "topk":
             return TopKRouter(*sizes, num_chosen, **projection)
         case "sparsemixer":

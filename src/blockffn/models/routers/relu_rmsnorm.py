@@ -19,7 +19,7 @@ class ReLURMSNormRouter(nn.Module):
     """Maps tokens `[..., D]` to a `Routing` of `[..., E]` in float32, whatever the dtype of the tokens.
 
     Args:
-        eps: epsilon of the norm.
+        eps: epsilon of the norm. initial_scale: start of its learned factors.
         dtype, initializer_range: of the projection, see `RouterProjection`.
     """
 
@@ -29,12 +29,13 @@ class ReLURMSNormRouter(nn.Module):
         num_experts: int,
         *,
         eps: float = 1e-5,
+        initial_scale: float = 1.0,
         dtype: str = "model",
         initializer_range: float | None = None,
     ) -> None:
         super().__init__()
         self.proj = RouterProjection(hidden_size, num_experts, dtype=dtype, initializer_range=initializer_range)
-        self.norm = RMSNorm(num_experts, eps=eps)
+        self.norm = RMSNorm(num_experts, eps=eps, initial=initial_scale)
 
     def forward(self, x: Tensor) -> Routing:
         logits = self.proj(x)
