@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from blockffn.experiments.results import Result, by_method, mean
@@ -192,6 +193,7 @@ def _name_points(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) ->
         axes.annotate(
             text, (x, y), (x - 1.6 if flip else x + 1.6, top), color=color, va="center",
             ha="right" if flip else "left", arrowprops=line if abs(top - y) > gap / 2 else None,
+            path_effects=[withStroke(linewidth=4, foreground="white")],
         )  # fmt: skip
 
 
