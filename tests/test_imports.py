@@ -59,5 +59,5 @@ def test_help_answers_at_once() -> None:
         after = os.times()
         return after.children_user + after.children_system - before.children_user - before.children_system
 
-    # A third of a second, which a busy machine may double but does not count its waiting. Importing torch takes several.
+    # A third of a second, twice that on a busy machine, whose waiting does not count. Importing torch takes several.
     assert min(processor_seconds() for _ in range(3)) < 0.8
