@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from blockffn.errors import UserFacingError
+from blockffn.ops.native import empty_huge
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")  # in the order of preference
 MAX_HEADER_BYTES = 64 << 20
@@ -57,7 +58,7 @@ class StoredTensor:
         """A copy in memory of its own."""
         if self.offset is None:
             return self.map().clone()
-        out = torch.empty(self.shape, dtype=self.dtype)
+        out = empty_huge(self.num_bytes).view(self.dtype).view(self.shape)
         self.read_into(out)
         return out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from blockffn.checkpoints.recognise import Folder, recognise
 from blockffn.configuration import BlockFFNConfig
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.models.rotary import RotaryEmbedding
+from blockffn.ops.native import empty_huge
 
 
 def model_folder(path: Path) -> Path:
@@ -209,13 +209,18 @@ def _materialise(folder: Folder, name: str, stored: StoredTensor, target: Tensor
     """The weights of a parameter, in its dtype and with our axes."""
     if mmap:
         return _in_our_axes(folder, name, stored, stored.map()).to(target.dtype).contiguous()
-    if stored.dtype == target.dtype and math.prod(stored.shape) == target.numel():
+    out = empty_huge(target.numel() * target.element_size()).view(target.dtype).view(target.shape)
+    if stored.dtype == target.dtype:
         probe = _in_our_axes(folder, name, stored, torch.empty(stored.shape, device="meta"))
         if probe.is_contiguous():
-            out = torch.empty(target.shape, dtype=target.dtype)
             stored.read_into(out)
             return out
-    return _in_our_axes(folder, name, stored, stored.read()).to(target.dtype).contiguous()
+    weights = _in_our_axes(folder, name, stored, stored.read())
+    if weights.ndim == 3 and weights.stride(0) == weights.shape[1] * weights.stride(1):
+        out.flatten(0, 1).copy_(weights.flatten(0, 1))  # PyTorch transposes two dimensions several times faster
+    else:
+        out.copy_(weights)
+    return out
 
 
 def _finish(folder: Folder, model: BlockFFNForCausalLM) -> None:
