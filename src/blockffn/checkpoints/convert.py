@@ -13,7 +13,7 @@ import torch
 from blockffn.checkpoints.load import load, model_folder
 from blockffn.checkpoints.publish import check_publishable, write_published
 from blockffn.checkpoints.quantization_config import BlockFFNQuantizationConfig
-from blockffn.checkpoints.quantize import attach, pack_model, stored_weights
+from blockffn.checkpoints.quantize import attach, is_packed, pack_model, stored_weights
 from blockffn.ops.quantization import StoredWeight
 
 # What travels beside the weights. Programs (*.py) do not.
@@ -53,7 +53,7 @@ def convert(
     if to not in ("ours", "published"):
         raise ValueError(f"a model is written as ours or published, not as {to!r}")
     model = load(source, dtype=dtype, check_finite=True, progress=progress)
-    packed = getattr(model, "hf_quantizer", None) is not None
+    packed = is_packed(model)
     if packed and quantization is not None:
         raise ValueError(f"{source} is quantised already; quantise the model that it was made from")
     if to == "published":

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from blockffn.checkpoints.files import CheckpointError, StoredTensor, read_json
 from blockffn.checkpoints.layouts import to_ours
 from blockffn.checkpoints.quantization_config import BlockFFNQuantizationConfig
-from blockffn.checkpoints.quantize import attach, pack_model, replace_with_empty, settle, tie
+from blockffn.checkpoints.quantize import attach, is_packed, pack_model, replace_with_empty, settle, tie
 from blockffn.checkpoints.recognise import Folder, recognise
 from blockffn.configuration import BlockFFNConfig
 from blockffn.models.causal_lm import BlockFFNForCausalLM
@@ -121,7 +121,7 @@ def load_foreign(
 def move(model: BlockFFNForCausalLM, device: str | torch.device | int) -> BlockFFNForCausalLM:
     """Move a model; packed weights are unpacked for any device but the CPU, which alone has kernels for them."""
     if torch.device(device).type != "cpu":
-        if getattr(model, "hf_quantizer", None) is not None:
+        if is_packed(model):
             model.dequantize()
         model.to(device)  # type: ignore[arg-type]
     return model

@@ -51,6 +51,11 @@ def _part(name: str, module: nn.Module, model: BlockFFNForCausalLM) -> str | Non
     return "attention" if isinstance(parent, Attention) else "ffn" if isinstance(parent, GatedFFN) else None
 
 
+def is_packed(model: PreTrainedModel) -> bool:
+    """Whether any part of `model` is packed."""
+    return any(isinstance(module, PackedModule) for module in model.modules())
+
+
 def replace_with_empty(model: BlockFFNForCausalLM, config: BlockFFNQuantizationConfig) -> None:
     """Put empty packed modules where `config` says, as loading a packed folder needs them."""
     for name, format in packed_modules(model, config):
