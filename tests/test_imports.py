@@ -21,8 +21,9 @@ ALLOWED = {
     "reporting": set(),
     "data": BASE | {"objectives", "metrics"},
     "models": BASE | {"ops", "objectives", "metrics"},
+    "checkpoints": BASE | {"ops", "metrics", "models"},
     "training": BASE | {"ops", "objectives", "metrics", "data", "models", "evaluation"},
-    "evaluation": BASE | {"ops", "objectives", "metrics", "data", "models", "training"},
+    "evaluation": BASE | {"ops", "objectives", "metrics", "data", "models", "checkpoints", "training"},
     "experiments": BASE | {"reporting", "data", "training"},
 }
 

@@ -20,6 +20,7 @@ _EXPORTS = {
     "BlockFFN": "blockffn.models.moe",
     "BlockFFNModel": "blockffn.models.causal_lm",
     "BlockFFNForCausalLM": "blockffn.models.causal_lm",
+    "load": "blockffn.checkpoints.load",
     "sparse_ffn": "blockffn.ops.sparse_ffn",
 }
 __all__ = ["__version__", *_EXPORTS]

@@ -18,6 +18,7 @@ from types import ModuleType
 _REGISTRANTS = {
     "transformers.models.auto.configuration_auto": "blockffn.configuration",
     "transformers.models.auto.modeling_auto": "blockffn.models.causal_lm",
+    "transformers.quantizers.auto": "blockffn.checkpoints.quantizer",
 }
 
 
@@ -35,7 +36,7 @@ class _LoaderThenRegistrant(importlib.abc.Loader):
 
 
 class _AutoClassFinder(importlib.abc.MetaPathFinder):
-    """Finds the two auto modules as Python would, and imports the registrant after each has executed."""
+    """Finds the auto modules as Python would, and imports the registrant after each has executed."""
 
     def __init__(self) -> None:
         self._waiting = dict(_REGISTRANTS)

@@ -17,8 +17,11 @@ def blockffn(*arguments: str, cwd: Path | None = None, stdin: str = "") -> subpr
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, input=stdin, timeout=300)
 
 
-@pytest.mark.parametrize("verb", ["demo", "prepare", "train", "evaluate", "zero-shot", "analyze", "generate", "report",
-                                  "presets", "threshold", "formats"])  # fmt: skip
+VERBS = ("demo", "prepare", "train", "evaluate", "zero-shot", "analyze", "generate", "threshold", "formats", "convert",
+         "inspect", "report", "presets")  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str) -> None:
     done = blockffn(verb, "--help")
     assert done.returncode == 0
@@ -38,6 +41,10 @@ def test_every_verb_has_help(verb: str) -> None:
     (["evaluate", "nowhere"], "nowhere holds no model"),
     (["generate", "nowhere"], "nowhere holds no model"),
     (["analyze", "nowhere"], "nowhere holds no model"),
+    (["inspect", "nowhere"], "nowhere holds no model"),
+    (["convert", "nowhere", "--out", "x"], "nowhere holds no model"),
+    (["convert", "nowhere", "--out", "x", "--quantize", "int3"], "unknown format 'int3'"),
+    (["convert", "nowhere", "--out", "x", "--ffn", "int4"], "add --quantize"),
     (["zero-shot", "nowhere"], "no task: give --task"),
     (["zero-shot", "nowhere", "--task", "blimp"], "is not NAME=FILE"),
     (["threshold", "nowhere"], "nowhere holds no model"),

@@ -9,10 +9,12 @@ import typer
 
 from blockffn.cli import (
     analyze,
+    convert,
     demo,
     evaluate,
     formats,
     generate,
+    inspect,
     prepare,
     presets,
     report,
@@ -29,7 +31,9 @@ app = typer.Typer(
     help="Sparse language models with differentiable ReLU routing: train, measure, generate.\n\n"
     "Start with [bold]blockffn demo[/]: it trains a small model on this machine and shows what it learnt.",
 )
-for verb in (demo, prepare, train, evaluate, zero_shot, analyze, generate, threshold, formats, report, presets):
+for verb in (
+    demo, prepare, train, evaluate, zero_shot, analyze, generate, threshold, formats, convert, inspect, report, presets,
+):  # fmt: skip
     verb.register(app)
 
 

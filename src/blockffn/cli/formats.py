@@ -25,11 +25,14 @@ def formats(
 
     from dataclasses import asdict
 
+    from blockffn.checkpoints.quantize import is_packed
     from blockffn.evaluation.formats import format_errors, stored_weights
     from blockffn.evaluation.run import load_run
     from blockffn.ops.quantization import coverage_table
 
     model, _ = load_run(path, device="cpu")
+    if is_packed(model):
+        raise ValueError(f"{path} is quantised already; name the model that it was made from")
     weights = stored_weights(model, format, group_size=group_size)
     errors = format_errors(model, group_size=group_size)
     print(coverage_table(weights))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,6 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from blockffn.checkpoints.files import open_tensors
+from blockffn.checkpoints.layouts import recognise_layout
+from blockffn.checkpoints.load import is_foreign, load, model_folder
 from blockffn.data.batch import Batch
 from blockffn.data.loader import iterate_split
 from blockffn.data.prepare import load_manifest
@@ -37,29 +38,31 @@ def load_run(
     Raises:
         ValueError: neither is there, or a file is damaged; the message says what was looked for and found.
     """
-    model, tokenizer = _open(path, BlockFFNForCausalLM, device)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load(path, device=device, progress=sys.stderr.isatty())
     if threshold is not None:
         model.set_threshold(threshold)
-    return model, tokenizer
+    return model, _tokenizer(model_folder(path))
 
 
 def load_any(path: Path, *, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As `load_run`, for a causal language model of any architecture that Hugging Face's auto classes know."""
-    return _open(path, AutoModelForCausalLM, device)
+    folder = model_folder(path)
+    if recognise_layout(open_tensors(folder)) == "published" or not is_foreign(folder):
+        return load_run(path, device=device)
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), _tokenizer(folder)
 
 
-def _open(path: Path, loader: Any, device: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
-    folder = path / "model" if (path / "model" / "config.json").is_file() else path
-    if not (folder / "config.json").is_file():
-        hint = "; its training has not ended, go on with --resume" if (path / "config.yaml").is_file() else ""
-        raise ValueError(f"{path} holds no model: neither model/config.json nor config.json is there{hint}")
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        model = loader.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (SafetensorError, json.JSONDecodeError, StrictDataclassError, TypeError) as error:
-        sizes = ", ".join(f"{f.name} {f.stat().st_size:,} bytes" for f in sorted(folder.glob("*.safetensors")))
-        raise ValueError(f"{folder} is damaged: {error} ({sizes or 'no weights'}); make or copy it again") from error
-    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers of unknown models fail in ways that are not listed
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder} holds no tokenizer that can be read ({reason}); copy its files there") from error
+    return tokenizer
 
 
 def heldout_batches(

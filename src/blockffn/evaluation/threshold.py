@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blockffn.checkpoints.quantize import is_packed
 from blockffn.evaluation.perplexity import Evaluation, evaluate
 from blockffn.evaluation.run import heldout_batches, load_run
 from blockffn.metrics.cost import weight_bytes_per_token
@@ -75,6 +76,8 @@ def threshold_curve(
     if not thresholds:
         raise ValueError("give at least one threshold, e.g. 0")
     model, tokenizer = load_run(path, device=device)
+    if is_packed(model):
+        model.dequantize()  # the curve is that of bf16 weights, whose times it gives
     for threshold in (*thresholds, 0.0):  # a wrong one is an error before hours of evaluation
         model.set_threshold(threshold)
     pass_over = functools.partial(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -228,6 +230,8 @@ class BlockFFNForCausalLM(BlockFFNPreTrainedModel, GenerationMixin):
     """Decoder with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    # What opens folders that are not in our layout: named, not imported, because models know no file formats.
+    foreign_loader = "blockffn.checkpoints.load"
 
     def __init__(self, config: BlockFFNConfig) -> None:
         super().__init__(config)
@@ -250,6 +254,18 @@ class BlockFFNForCausalLM(BlockFFNPreTrainedModel, GenerationMixin):
         for module in self.modules():
             if isinstance(module, BlockFFN):
                 module.threshold = threshold
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As in Hugging Face; a local folder in another layout (published, training) is opened, too.
+
+        For those, `dtype`, `device_map` (one device) and `quantization_config` are understood.
+        """
+        path = pretrained_model_name_or_path
+        loader = importlib.import_module(cls.foreign_loader)
+        if isinstance(path, (str, Path)) and loader.is_foreign(Path(path)):
+            return loader.load_foreign(Path(path), **kwargs)
+        return super().from_pretrained(path, *model_args, **kwargs)
 
     def head_input(self, hidden_states: Tensor) -> Tensor:
         """Final hidden states `[..., D]` as the head wants them: divided by the width multiplier."""

@@ -101,6 +101,24 @@ def unpack_matrix(packed: Tensor, layout: MatrixLayout) -> Tensor:
     return values.reshape(S * STRIP, K)[: layout.outputs, : layout.inputs]
 
 
+def unpack_rows(packed: Tensor, layout: MatrixLayout, rows: Tensor) -> Tensor:
+    """Rows `[..., K]` in float32 of a packed int8 or int4 matrix, for indices `[...]`: what an embedding looks up.
+
+    Equal to `unpack_matrix(packed, layout)[rows]`, but reads those rows alone.
+    """
+    flat = rows.flatten()
+    strip, lane = flat // STRIP, flat % STRIP
+    blocks = packed.view(layout.strips, layout.padded_inputs // layout.group_size, -1)
+    scales = blocks[..., : STRIP * 2].unflatten(-1, (STRIP, 2))[strip, :, lane].contiguous().view(torch.float16)
+    bytes_ = blocks[..., STRIP * 2 :].unflatten(-1, (-1, STRIP, 4))[strip, :, :, lane]
+    if layout.format == "int4":
+        codes, offset = torch.stack([bytes_ & 15, bytes_ >> 4], dim=-2), 8
+    else:
+        codes, offset = bytes_, 128
+    values = (codes.flatten(2).float() - offset) * scales.float()
+    return values.flatten(1)[:, : layout.inputs].view(*rows.shape, layout.inputs)
+
+
 def quantize(weight: Tensor, *, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     """Round `[..., K]` to `scale * (code - 2**(bits - 1))`, one scale for each group along the last dimension.
 
@@ -163,7 +181,7 @@ class PackedMatrix:
         """Raises `ValueError` when the stored bytes do not fit the stored layout."""
         format, outputs, inputs, group_size = tensors["layout"].tolist()
         layout = MatrixLayout(list(FORMATS)[format], outputs, inputs, group_size)
-        return cls(_checked_storage(tensors["data"], (layout.num_bytes,)), layout)
+        return cls(checked_storage(tensors["data"], (layout.num_bytes,)), layout)
 
 
 def pack_linear(weight: Tensor, *, format: str = "bf16", group_size: int = DEFAULT_GROUP_SIZE) -> PackedMatrix:
@@ -219,7 +237,7 @@ class PackedExperts:
         up = MatrixLayout(name, width, hidden_size, group_in)
         down = MatrixLayout(name, hidden_size, width, group_hidden)
         size = up.num_bytes * (2 if gated else 1) + down.num_bytes
-        return cls(_checked_storage(tensors["data"], (tensors["data"].shape[0], size)), up, down, bool(gated))
+        return cls(checked_storage(tensors["data"], (tensors["data"].shape[0], size)), up, down, bool(gated))
 
 
 def pack_experts(
@@ -249,8 +267,12 @@ def pack_experts(
     return PackedExperts(data, up, down, gate_proj_EFD is not None)
 
 
-def _checked_storage(data: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`data` if it is what the layout says, moved to an aligned address if a file mapped it to an odd one."""
+def checked_storage(data: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`data` if it is what the layout says, moved to an aligned address if a file mapped it to an odd one.
+
+    Raises:
+        ValueError: another dtype or shape, or not contiguous.
+    """
     if data.dtype != torch.uint8 or tuple(data.shape) != shape or not data.is_contiguous():
         raise ValueError(f"packed weights are {data.dtype} {tuple(data.shape)}, their layout needs uint8 {shape}")
     if data.data_ptr() % 64 == 0:

@@ -1,0 +1,1 @@
+"""Model folders: quantised, published, hostile. What opens one, converts one and says what one is."""

@@ -1,0 +1,105 @@
+"""`blockffn convert`: a model folder written anew, quantised or in another layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from blockffn.cli.output import check_json, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from blockffn.ops.quantization import StoredWeight
+
+_Format = Annotated[str | None, typer.Option(help="int8, int4 or keep.", show_default="as --quantize")]
+_TableFormat = Annotated[
+    str | None, typer.Option(help="int8, int4 or keep. A tied head is stored once.", show_default="int8")
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("convert")(convert)
+
+
+def convert(
+    path: Annotated[Path, typer.Argument(help="Folder of a run, or of a model.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It is made whole or not at all.")],
+    to: Annotated[str, typer.Option(help="Layout: ours, or published (SparseLLM/BlockFFN's).")] = "ours",
+    quantize: Annotated[str | None, typer.Option(help="Store weights in int8 or int4.", show_default=False)] = None,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
+    ffn: _Format = None,
+    attention: _Format = None,
+    embeddings: _TableFormat = None,
+    lm_head: _TableFormat = None,
+    dtype: Annotated[str, typer.Option(help="Of the other weights: float32, bfloat16; auto: as they are.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 15MB.")] = "5GB",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the receipt to this file.")] = None,
+) -> None:
+    """Write a model in safetensors, on request quantised, and say what each part costs in bytes and in accuracy.
+
+    Opens runs, models, the published repositories as downloaded and their training checkpoints; --to published writes
+    the layout of those repositories.
+
+    Example: blockffn convert runs/demo/blockffn --quantize int4 --out runs/demo-int4
+    """
+    from rich.console import Console
+
+    from blockffn.checkpoints.convert import convert as convert_folder
+    from blockffn.checkpoints.convert import receipt
+    from blockffn.checkpoints.quantization_config import BlockFFNQuantizationConfig
+
+    check_json(json_path)
+    parts = {"ffn": ffn, "attention": attention, "embeddings": embeddings, "lm_head": lm_head}
+    chosen = {part: None if value == "keep" else value for part, value in parts.items() if value is not None}
+    if quantize is None and chosen:
+        raise ValueError(f"--{next(iter(chosen)).replace('_', '-')} says how to quantise a part; add --quantize int8")
+    quantization = None
+    if quantize is not None:
+        quantization = BlockFFNQuantizationConfig.preset(quantize, group_size=group_size, **chosen)
+    console = Console()
+    rows = convert_folder(
+        path,
+        out,
+        to=to,
+        quantization=quantization,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        progress=console.is_terminal,
+    )
+    write_json(json_path, receipt(rows))
+    console.print(_summary(rows))
+    files = sorted(out.glob("*.safetensors"))
+    largest = max(file.stat().st_size for file in files)
+    total = sum(file.stat().st_size for file in files)
+    console.print(f"{len(files)} files, {total / 1e6:.1f} MB, the largest {largest / 1e6:.1f} MB; written to {out}")
+    console.print(f"next: blockffn generate {out}", style="dim", soft_wrap=True)
+
+
+def _summary(rows: list[StoredWeight]) -> Table:
+    """Tensors of the same name in all layers share a line, with the largest of their errors."""
+    import math
+    import re
+
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("tensor", overflow="fold")
+    for heading in ("shape", "layers", "format", "bits", "MB", "error"):
+        table.add_column(heading, justify="right")
+    groups: dict[tuple[str, str], list[StoredWeight]] = {}
+    for row in rows:
+        name = re.sub(r"\.\d+\.", ".*.", row.name).removeprefix("model.").removeprefix("layers.*.")
+        groups.setdefault((name, row.format), []).append(row)
+    for (name, format), group in groups.items():
+        size = sum(row.num_bytes for row in group)
+        error = max(row.error for row in group)
+        bits = 8 * size / sum(math.prod(row.shape) for row in group)
+        table.add_row(
+            name, "×".join(map(str, group[0].shape)), str(len(group)) if len(group) > 1 else "", format, f"{bits:.2f}",
+            f"{size / 1e6:.2f}", f"{error:.2%}" if error else "",
+        )  # fmt: skip
+    return table

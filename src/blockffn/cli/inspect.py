@@ -1,0 +1,68 @@
+"""`blockffn inspect`: what a model folder is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blockffn.cli.output import check_json, write_json
+
+
+def register(app: typer.Typer) -> None:
+    app.command("inspect")(inspect)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder of a run, or of a model.", show_default=False)],
+    tls: Annotated[
+        float, typer.Option(help="Token-level sparsity in percent to reckon with; measure it with blockffn evaluate.")
+    ] = 80.0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write what is known to this file.")] = None,
+) -> None:
+    """Say what a folder holds, from headers alone: sizes, parameters, bytes per token, layout, oddities.
+
+    Example: blockffn inspect BlockFFN-XLarge
+    """
+    from rich.console import Console
+
+    from blockffn.checkpoints.inspect import inspect as inspect_folder
+
+    check_json(json_path)
+    found = inspect_folder(path, tls_percent=tls)
+    write_json(json_path, found)
+    console = Console(highlight=False, soft_wrap=True)
+    for heading, text in _lines(found):
+        console.print(f"[bold]{heading:>12}[/]  {text}")
+
+
+def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    stored = ", ".join(f"{size / 1e6:,.1f} MB {dtype}" for dtype, size in found["bytes_by_dtype"].items())
+    files = f"{len(found['files'])} files ({found['files'][0]} …)" if len(found["files"]) > 1 else found["files"][0]
+    storage = ("stored", f"{stored}; {found['tensors']} tensors in {files}")
+    if found["kind"] == "draft":
+        return [("kind", "an EAGLE draft: open it beside its target"), storage]
+    a, counts = found["architecture"], found["parameters"]
+    ffn = f"{a['num_experts']} experts × {a['moe_intermediate_size']}" if a["ffn_type"] == "moe" else "dense"
+    attention = f"{a['attention_type'].upper()}, {a['num_attention_heads']} heads"
+    if "num_key_value_heads" in a:
+        attention += f" on {a['num_key_value_heads']} keys"
+    lines = [
+        ("layout", f"{found['layout']}; converting changes {found['conversion']}"),
+        ("layers", f"{a['num_hidden_layers']} × ({attention}; {ffn}), width {a['hidden_size']}"),
+        ("vocabulary", f"{a['vocab_size']:,}, head {'tied' if a['tie_word_embeddings'] else 'of its own'}"),
+        ("parameters", f"{counts['total']:,}; {counts['non_embedding']:,} without embeddings"),
+        (
+            "active",
+            f"{found['active_parameters']:,} of those for a token, if {found['tls_percent']:g} % of the experts idle",
+        ),
+        (
+            "per token",
+            f"{found['bytes_per_token'] / 1e6:,.1f} MB of weights read, {found['bits_per_weight']:.2f} bits each",
+        ),
+        storage,
+    ]
+    if found["quantization"]:
+        lines.append(("quantised", ", ".join(f"{k} {v}" for k, v in found["quantization"].items())))
+    return lines + [("odd", oddity) for oddity in found["oddities"]]

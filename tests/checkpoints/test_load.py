@@ -1,0 +1,110 @@
+"""`load` gives what Hugging Face's `from_pretrained` gives, and leaves files alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import blockffn
+from blockffn.checkpoints.files import open_tensors
+from blockffn.checkpoints.inspect import inspect
+from blockffn.checkpoints.quantization_config import BlockFFNQuantizationConfig
+from blockffn.presets import METHODS
+from tests.checkpoints import published
+from tests.models.conftest import tiny_model
+
+IDS = torch.arange(24).view(2, 12) % 61
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("mmap", [False, True])
+def test_every_method_is_loaded_as_hugging_face_loads_it(tmp_path: Path, method: str, mmap: bool) -> None:
+    tiny_model("mla", method).save_pretrained(tmp_path, max_shard_size="20KB")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)
+    found = blockffn.load(tmp_path, mmap=mmap)
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    assert torch.equal(found(IDS).logits, expected(IDS).logits)
+    assert not found.training
+
+
+def test_scaled_rotary_frequencies_and_generation_defaults_come_along(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
+    model = tiny_model(rope_parameters=rope)
+    model.generation_config = GenerationConfig(do_sample=True, top_p=0.8, temperature=0.7)
+    model.save_pretrained(tmp_path)
+    found = blockffn.load(tmp_path)
+    assert torch.equal(found(IDS).logits, model(IDS).logits)
+    assert found.generation_config.temperature == 0.7
+
+
+def test_writing_to_a_mapped_model_leaves_the_file_alone(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model = blockffn.load(tmp_path, mmap=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_reading_and_mapping_a_tensor_agree(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "safe")
+    published.write_bin(tmp_path / "bin", published.weights("small"), published.config("small"))
+    for folder in (tmp_path / "safe", tmp_path / "bin"):
+        for tensor in open_tensors(folder).values():
+            assert torch.equal(tensor.read(), tensor.map())
+
+
+def test_a_wrong_dtype_is_refused(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="dtype must be"):
+        blockffn.load(tmp_path, dtype="int8")
+
+
+def test_inspecting_tells_sizes_layout_and_oddities(tmp_path: Path) -> None:
+    published.write_bin(tmp_path, published.weights("xlarge"), published.config("xlarge"))
+    found = inspect(tmp_path, tls_percent=80.0)
+    total = sum(tensor.numel() for tensor in published.weights("xlarge").values())
+    assert (found["kind"], found["layout"]) == ("model", "published")
+    assert found["parameters"]["total"] == total
+    assert found["bytes"] == 4 * total
+    assert found["bits_per_weight"] == 32
+    assert found["active_parameters"] < found["parameters"]["non_embedding"]
+    assert any("programs, which are never run" in oddity for oddity in found["oddities"])
+
+
+def test_inspecting_a_packed_folder_counts_the_weights_that_it_stands_for(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "plain")
+    config = BlockFFNQuantizationConfig()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config).save_pretrained(tmp_path / "q")
+    plain, packed = (inspect(tmp_path / name, tls_percent=80.0) for name in ("plain", "q"))
+    assert packed["parameters"] == plain["parameters"]
+    assert packed["bytes"] < plain["bytes"]
+    assert packed["quantization"]["ffn"] == "int8"
+
+
+def test_inspecting_a_draft_says_so(tmp_path: Path) -> None:
+    published.write_bin(tmp_path, published.draft_weights(), published.DRAFT)
+    assert inspect(tmp_path, tls_percent=80.0)["kind"] == "draft"
+
+
+@pytest.mark.slow
+def test_convert_and_inspect_on_the_command_line(tmp_path: Path) -> None:
+    published.write_bin(tmp_path / "theirs", published.weights("medium"), published.config("medium"))
+    for command, expected in (
+        (["convert", "theirs", "--out", "ours", "--quantize", "int4", "--json", "receipt.json"], "written to ours"),
+        (["inspect", "ours", "--json", "ours.json"], "nothing: this is our layout"),
+        (["inspect", "theirs"], "names, and the order of axes"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "blockffn", *command], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+    assert (tmp_path / "receipt.json").is_file()
+    assert (tmp_path / "ours.json").is_file()
