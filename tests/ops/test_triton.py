@@ -83,7 +83,7 @@ def test_half_precision_equals_the_reference(T: int) -> None:
     assert_equals_reference(*layer(T, 4, 16, 32, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("T", [1, 3, 66])
+@pytest.mark.parametrize("T", [1, 3, 17, 66])
 def test_all_experts_active_equals_the_reference(T: int) -> None:
     assert_equals_reference(*layer(T, 4, 16, 32, share=1.1))
 
@@ -121,6 +121,44 @@ def test_a_token_is_not_touched_by_experts_of_its_neighbours() -> None:
 def test_repeated_calls_are_bit_equal(T: int) -> None:
     inputs = layer(T, 5, 32, 64)
     assert torch.equal(sparse_ffn(*inputs, backend="triton"), sparse_ffn(*inputs, backend="triton"))
+
+
+@pytest.mark.parametrize("E", [31, 32, 33, 70])
+def test_a_token_finds_its_experts_however_many_there_are(E: int) -> None:
+    x, up, down, weights = layer(1, E, 16, 16, share=1.1)
+    for active in ([0], [E - 1], [0, 30, E - 1]):
+        chosen = torch.zeros_like(weights)
+        chosen[0, active] = weights[0, active]
+        assert_equals_reference(x, up, down, chosen)
+
+
+@pytest.mark.parametrize("T", [0, 5, 33])
+def test_batch_invariant_kernels_equal_the_reference(T: int) -> None:
+    x, up, down, weights = layer(T, 4, 16, 48)
+    y = sparse_ffn(x, up, down, weights, backend="triton_invariant")
+    assert y.shape == x.shape
+    assert_close("y", y, sparse_ffn(x, up, down, weights, backend="reference"), torch.float32)
+
+
+def assert_every_token_as_if_alone(x: Tensor, up: Tensor, down: Tensor, weights: Tensor, num_tokens: list[int]) -> None:
+    def run(start: int, stop: int) -> Tensor:
+        return sparse_ffn(x[start:stop], up, down, weights[start:stop], backend="triton_invariant")
+
+    alone = torch.cat([run(t, t + 1) for t in range(x.shape[0])])
+    for k in num_tokens:
+        together = torch.cat([run(start, start + k) for start in range(0, x.shape[0], k)])
+        assert torch.equal(together, alone), f"{k} tokens at once"
+
+
+def test_batch_invariant_tokens_are_bit_equal_alone_and_together() -> None:
+    # More experts than splits: by its rank in the union, an expert would change its split.
+    assert_every_token_as_if_alone(*layer(4, 24, 16, 16, share=0.5), num_tokens=[3, 4])
+
+
+def test_batch_invariance_is_refused_where_a_gradient_is_needed() -> None:
+    x, up, down, weights = layer(2, 3, 16, 32)
+    with pytest.raises(ValueError, match="no gradient"):
+        sparse_ffn(x.requires_grad_(), up, down, weights, backend="triton_invariant")
 
 
 @pytest.mark.parametrize(("T", "share"), [(1, 0.5), (6, 0.5), (70, 0.3), (70, 1.1), (6, 0.0)])
@@ -170,6 +208,8 @@ def test_widths_that_are_not_multiples_of_16_are_refused() -> None:
 def test_ops_satisfy_the_contract_of_torch_library() -> None:
     inputs = layer(3, 3, 16, 32)
     torch.library.opcheck(torch.ops.blockffn.sparse_ffn_triton, inputs, test_utils=("test_schema", "test_faketensor"))
+    invariant = torch.ops.blockffn.sparse_ffn_triton_invariant
+    torch.library.opcheck(invariant, inputs, test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(torch.ops.blockffn.sparse_ffn_grouped, inputs, test_utils=("test_schema",))
 
 
@@ -226,6 +266,22 @@ def test_a_cuda_graph_replays_with_new_routing(T: int) -> None:
 def test_auto_takes_the_kernels_for_inference_on_the_gpu(T: int) -> None:
     inputs = layer(T, 8, 32, 64, dtype=torch.bfloat16)
     assert torch.equal(sparse_ffn(*inputs), sparse_ffn(*inputs, backend="triton"))
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize(("E", "F", "D"), [(64, 128, 2048), (128, 128, 2048), (48, 64, 768)])
+def test_bfloat16_tokens_are_bit_equal_alone_and_together(E: int, F: int, D: int) -> None:
+    inputs = [t.nan_to_num() for t in layer(64, E, F, D, share=0.15, dtype=torch.bfloat16)]
+    assert_every_token_as_if_alone(*inputs, num_tokens=[2, 3, 8, 17, 20, 32, 33, 64])
+
+
+@gpu
+@needs_gpu
+def test_auto_takes_the_invariant_kernels_when_asked_for_batch_invariance() -> None:
+    inputs = layer(3, 8, 32, 64, dtype=torch.bfloat16)
+    expected = sparse_ffn(*inputs, backend="triton_invariant")
+    assert torch.equal(sparse_ffn(*inputs, batch_invariant=True), expected)
 
 
 @pytest.mark.parametrize("T", [3, 70])

@@ -17,6 +17,8 @@ Backends, in the order in which `auto` tries them:
     dense      two matrix products over all experts; differentiable; the training path
     reference  the definition, in float32, one expert after the other; differentiable; slow
 
+`triton_invariant` is `triton` for `batch_invariant=True`: slower, no gradient, never preferred otherwise.
+
 `sparse_ffn_packed` is the same op over `PackedExperts` (bf16, int8 or int4 in the layout that the CPU reads fastest).
 """
 
@@ -30,9 +32,19 @@ from blockffn.ops.quantization import PackedExperts
 from blockffn.ops.sparse_ffn.cpu import pays_plain, refuses_packed, refuses_plain, sparse_ffn_cpu, sparse_ffn_packed_cpu
 from blockffn.ops.sparse_ffn.dense import sparse_ffn_dense
 from blockffn.ops.sparse_ffn.reference import sparse_ffn_packed_reference, sparse_ffn_reference
-from blockffn.ops.sparse_ffn.triton import pays_triton, refuses_triton, sparse_ffn_triton
+from blockffn.ops.sparse_ffn.triton import (
+    pays_triton,
+    refuses_triton,
+    refuses_triton_invariant,
+    sparse_ffn_triton,
+    sparse_ffn_triton_invariant,
+)
 
 BACKENDS: dict[str, Backend] = {
+    # Never preferred: `auto` takes it where `batch_invariant=True` leaves nothing else on a GPU.
+    "triton_invariant": Backend(
+        sparse_ffn_triton_invariant, refuses_triton_invariant, pays=lambda *args, **kwargs: False, batch_invariant=True
+    ),
     "cpu": Backend(sparse_ffn_cpu, refuses_plain, pays_plain, batch_invariant=True),
     "triton": Backend(sparse_ffn_triton, refuses_triton, pays_triton),
     "dense": Backend(sparse_ffn_dense),
@@ -40,6 +52,10 @@ BACKENDS: dict[str, Backend] = {
 }
 
 PACKED_BACKENDS: dict[str, Backend] = {
+    # Never preferred: `auto` takes it where `batch_invariant=True` leaves nothing else on a GPU.
+    "triton_invariant": Backend(
+        sparse_ffn_triton_invariant, refuses_triton_invariant, pays=lambda *args, **kwargs: False, batch_invariant=True
+    ),
     "cpu": Backend(sparse_ffn_packed_cpu, refuses_packed, batch_invariant=True),
     "reference": Backend(sparse_ffn_packed_reference),
 }

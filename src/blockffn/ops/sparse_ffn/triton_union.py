@@ -37,7 +37,8 @@ class UnionConfig:
 
     A program of the up kernel multiplies `up_rows` rows of an expert, in steps of `up_cols` columns, with
     `up_stages - 1` steps in flight; there are `up_programs` per processor. One of the down kernel sums every
-    `splits`-th block of `down_rows` rows over `down_cols` columns.
+    `splits`-th block of `down_rows` rows over `down_cols` columns; with `by_expert`, the blocks of its own range of
+    expert numbers instead. Tokens are padded to a power of two of at least `min_tokens`.
     """
 
     up_rows: int
@@ -48,6 +49,14 @@ class UnionConfig:
     splits: int
     down_rows: int = 128
     down_cols: int = 64
+    by_expert: bool = False
+    min_tokens: int = 8
+
+
+# With this, a token's sums do not depend on the up to 31 others of a call: a product's tile has 16 or 32 tokens, and
+# experts that only other tokens activate add exact zeros to a split and move none to another.
+INVARIANT_CONFIG = UnionConfig(16, 512, 4, 2, down_warps=4, splits=16, by_expert=True, min_tokens=16)
+INVARIANT_TOKENS = 32
 
 
 def choose_config(num_tokens: int, num_experts: int) -> UnionConfig:
@@ -113,21 +122,29 @@ def _down_kernel(
     down_ptr, weights_ptr, hidden_ptr, y_ptr, partial_ptr, counter_ptr,
     num_tokens,
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOKENS: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BY_EXPERT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[t] = sum over union rows of hidden[t, row] * down[row]."""
     let_next_kernel_start(PDL)
     # The up kernel waited for the routing weights before it let this one start: they can be read at once.
     active, ranks = rank_active(weights_ptr, num_tokens, E, TOKENS, BLOCK_E)
     steps: tl.constexpr = F // ROWS
-    num_rows = tl.max(ranks, axis=0) * F
+    stride: tl.constexpr = 1 if BY_EXPERT else SPLITS
+    split = tl.program_id(1)
+    if BY_EXPERT:
+        experts = tl.arange(0, BLOCK_E)
+        share: tl.constexpr = (E + SPLITS - 1) // SPLITS
+        item = tl.max(tl.where(experts < split * share, ranks, 0), axis=0) * steps
+        num_rows = tl.max(tl.where(experts < (split + 1) * share, ranks, 0), axis=0) * F
+    else:
+        item = split
+        num_rows = tl.max(ranks, axis=0) * F
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     tokens = tl.arange(0, TOKENS)
     local_rows = tl.arange(0, ROWS)
     inside = (columns < D)[None, :]
     offsets = local_rows[:, None] * D + columns[None, :]
 
-    item = tl.program_id(1)
     block = nth_active(active, ranks, item // steps, BLOCK_E) * F + (item % steps) * ROWS
     wanted = (item * ROWS + local_rows < num_rows)[:, None] & inside
     tile = tl.load(down_ptr + block * D + offsets, mask=wanted, other=0.0)
@@ -136,14 +153,14 @@ def _down_kernel(
     while item * ROWS < num_rows:
         hidden = tl.load(hidden_ptr + tokens[:, None] * (E * F) + item * ROWS + local_rows[None, :])
         current = tile
-        item += SPLITS
+        item += stride
         block = nth_active(active, ranks, item // steps, BLOCK_E) * F + (item % steps) * ROWS
         wanted = (item * ROWS + local_rows < num_rows)[:, None] & inside
         tile = tl.load(down_ptr + block * D + offsets, mask=wanted, other=0.0)
         acc = tl.dot(hidden, current, acc, input_precision="ieee")
     at = tokens[:, None] * D + columns[None, :]
     mask = (tokens < num_tokens)[:, None] & inside
-    store_split(acc, tl.program_id(1), tl.program_id(0), at, mask, y_ptr, partial_ptr, counter_ptr, TOKENS * D, SPLITS)
+    store_split(acc, split, tl.program_id(0), at, mask, y_ptr, partial_ptr, counter_ptr, TOKENS * D, SPLITS)
 
 
 def ffn_over_union(
@@ -159,7 +176,7 @@ def ffn_over_union(
     T, (E, F, D) = x_TD.shape[0], up_proj_EFD.shape
     assert 1 <= T <= MAX_TOKENS
     config = fit_shared_memory(config or choose_config(T, E), x_TD)
-    tokens, block_e = max(8, triton.next_power_of_2(T)), triton.next_power_of_2(E)
+    tokens, block_e = max(config.min_tokens, triton.next_power_of_2(T)), triton.next_power_of_2(E)
     up_rows, down_rows = min(F & -F, config.up_rows), min(F & -F, config.down_rows)
     column_tiles = triton.cdiv(D, config.down_cols)
     counters = triton.next_power_of_2(column_tiles)
@@ -176,7 +193,8 @@ def ffn_over_union(
     )  # fmt: skip
     _down_kernel[(column_tiles, config.splits)](
         down_proj_EFD, weights_TE, hidden, y_TD, partial, counter, T,
-        **shape, ROWS=down_rows, BLOCK_D=config.down_cols, SPLITS=config.splits, num_warps=config.down_warps, **launch,
+        **shape, ROWS=down_rows, BLOCK_D=config.down_cols, SPLITS=config.splits,
+        BY_EXPERT=config.by_expert, num_warps=config.down_warps, **launch,
     )  # fmt: skip
     return y_TD
 
