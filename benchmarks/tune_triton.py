@@ -38,7 +38,7 @@ from blockffn.ops.sparse_ffn.triton_union import UnionConfig, choose_config, ffn
 # In the order of what one wants to know first.
 CHUNKS = [(1, 0.125, 0.125), (8, 0.125, 0.31), (32, 0.125, 0.31), (32, 0.5, 1.0), (16, 0.5, 1.0), (64, 0.5, 1.0)]
 CASES = [(name, Chunk(*chunk)) for chunk in CHUNKS for name in ("2048x64", "2.8B")]
-TINY = Shape(64, 4, 32)
+TINY = Shape(32, 4, 16)
 TINY_CASES = [Chunk(1, 0.5, 0.5), Chunk(9, 0.5, 0.75), Chunk(9, 0.75, 1.0)]
 
 
