@@ -52,10 +52,6 @@ BACKENDS: dict[str, Backend] = {
 }
 
 PACKED_BACKENDS: dict[str, Backend] = {
-    # Never preferred: `auto` takes it where `batch_invariant=True` leaves nothing else on a GPU.
-    "triton_invariant": Backend(
-        sparse_ffn_triton_invariant, refuses_triton_invariant, pays=lambda *args, **kwargs: False, batch_invariant=True
-    ),
     "cpu": Backend(sparse_ffn_packed_cpu, refuses_packed, batch_invariant=True),
     "reference": Backend(sparse_ffn_packed_reference),
 }

@@ -62,7 +62,8 @@ def pays_triton(
     """Whether `auto` takes these kernels: for inference on up to 32 tokens.
 
     They then win while the union holds up to 60 % of the experts, which the host cannot know without waiting for the
-    GPU; with all of 128 experts in it, 32 tokens take 1.14 times as long as the dense product (H100, D 2048). More tokens and training pay only where a small share of the pairs is active; name the backend there.
+    GPU; with all of 128 experts in it, 32 tokens take 1.14 times as long as the dense product (H100, D 2048). More
+    tokens and training pay only where a small share of the pairs is active; name the backend there.
     """
     tensors = (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
     return x_TD.device.type == "cuda" and x_TD.shape[0] <= MAX_AUTO_TOKENS and not _needs_gradient(*tensors)
