@@ -22,7 +22,8 @@ ALLOWED = {
     "data": BASE | {"objectives", "metrics"},
     "models": BASE | {"ops", "objectives", "metrics"},
     "checkpoints": BASE | {"ops", "metrics", "models"},
-    "training": BASE | {"ops", "objectives", "metrics", "data", "models", "evaluation"},
+    "training": BASE | {"ops", "objectives", "metrics", "data", "models", "checkpoints", "evaluation"},
+    "sparsify": BASE | {"ops", "metrics", "data", "models", "checkpoints"},
     "evaluation": BASE | {"ops", "objectives", "metrics", "data", "models", "checkpoints", "training"},
     "experiments": BASE | {"reporting", "data", "training"},
 }

@@ -36,12 +36,25 @@ def convert(
     lm_head: _TableFormat = None,
     dtype: Annotated[str, typer.Option(help="Of the other weights: float32, bfloat16; auto: as they are.")] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 15MB.")] = "5GB",
+    from_dense: Annotated[
+        bool, typer.Option("--from-dense", help="The model is dense and Llama-like: make experts of its neurons.")
+    ] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Prepared text that routers are fitted on (--from-dense).", show_default=False)
+    ] = None,
+    experts: Annotated[str, typer.Option(help="gated, plain, or none: only our architecture (--from-dense).")] = "gated",
+    num_experts: Annotated[int, typer.Option(help="Experts a layer (--from-dense).")] = 24,
+    sparsity: Annotated[float, typer.Option(help="TLS to start with, in percent (--from-dense).")] = 50.0,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens to fit on (--from-dense).", min=64)] = 8192,
+    device: Annotated[str | None, typer.Option(help="Where to fit (--from-dense): cpu or cuda.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the receipt to this file.")] = None,
 ) -> None:
     """Write a model in safetensors, on request quantised, and say what each part costs in bytes and in accuracy.
 
     Opens runs, models, the published repositories as downloaded and their training checkpoints; --to published writes
     the layout of those repositories.
+
+    --from-dense turns any Llama-like model into one with experts, and prints how far each stage is from the original.
 
     Example: blockffn convert runs/demo/blockffn --quantize int4 --out runs/demo-int4
     """
@@ -56,10 +69,28 @@ def convert(
     chosen = {part: None if value == "keep" else value for part, value in parts.items() if value is not None}
     if quantize is None and chosen:
         raise ValueError(f"--{next(iter(chosen)).replace('_', '-')} says how to quantise a part; add --quantize int8")
+    console = Console()
+    if from_dense:
+        if quantize is not None or to != "ours":
+            raise ValueError("--from-dense writes our layout, not quantised; convert its result once more")
+        from blockffn.cli.from_dense import convert_dense, receipt_table
+
+        made = convert_dense(
+            path, out, data=data, experts=experts, num_experts=num_experts, sparsity=sparsity,
+            calibration_tokens=calibration_tokens, dtype=dtype, max_shard_size=max_shard_size, device=device,
+            console=console,
+        )  # fmt: skip
+        write_json(json_path, made)
+        console.print(receipt_table(made))
+        console.print(f"written to {out}; its logits differed by {made['load_difference']:.1e} when it was loaded")
+        console.print(
+            f"next: blockffn train --start-from {out} --teacher DENSE --data FOLDER --out RUN", style="dim",
+            soft_wrap=True,
+        )  # fmt: skip
+        return
     quantization = None
     if quantize is not None:
         quantization = BlockFFNQuantizationConfig.preset(quantize, group_size=group_size, **chosen)
-    console = Console()
     rows = convert_folder(
         path,
         out,

@@ -37,6 +37,12 @@ def train(
         float | None,
         typer.Option(help="Token-level sparsity to reach, in percent: a controller sets the sparsity coefficient."),
     ] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Folder of a model to go on from, with its own architecture.")
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Folder of a model to learn from; teacher.share says how much of the loss.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of --out.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")] = None,
     show_settings: Annotated[
@@ -57,7 +63,8 @@ def train(
     check_json(json_path)
     changes = parse_overrides(overrides or [])
     if resume:
-        decided = {"--data": data, "--preset": preset, "--method": method, "--target-sparsity": target_sparsity}
+        decided = {"--data": data, "--preset": preset, "--method": method, "--target-sparsity": target_sparsity,
+                   "--start-from": start_from, "--teacher": teacher}  # fmt: skip
         for option, value in decided.items():
             if value is not None:
                 raise ValueError(f"{option} was decided when the run began; --resume takes it from the run's settings")
@@ -72,6 +79,10 @@ def train(
             changes = merge({"data": {"folders": _folders(data)}}, changes)
         if target_sparsity is not None:
             changes = merge(_set_point(target_sparsity), changes)
+        if start_from is not None:
+            changes = merge({"start_from": str(start_from)}, changes)
+        if teacher is not None:
+            changes = merge({"teacher": {"folder": str(teacher)}}, changes)
         settings = train_settings(preset or "nano", method or "blockffn", changes)
     if show_settings:
         import yaml

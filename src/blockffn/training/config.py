@@ -62,12 +62,26 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True)
+class TeacherSettings:
+    """A model to learn from, in the folder `folder`; without one, text alone teaches.
+
+    `share` of the language model's loss is the divergence from the teacher's predictions, the rest is the cross
+    entropy of the text. `hidden` weighs the relative squared difference of the layers' states, mean over layers.
+    """
+
+    folder: str | None = None
+    share: float = 1.0
+    hidden: float = 0.0
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """Everything that decides a run, apart from the machine it runs on.
 
     Attributes:
         size, method: rows of `blockffn.presets`.
         model: overrides of the model's configuration.
+        start_from: folder of a model to go on from, with its own architecture; `size` then only names the recipe.
         steps: optimiser steps.
         max_seconds: end sooner if the machine is too slow for all of them, with the schedule shortened to match; for
             one process, and not reproducible to the step.
@@ -83,6 +97,8 @@ class TrainSettings:
     size: str = "nano"
     method: str = "blockffn"
     model: dict[str, Any] = field(default_factory=dict)
+    start_from: str | None = None
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
@@ -121,12 +137,19 @@ class TrainSettings:
             ("data.sequence_length", self.data.sequence_length, 2),
             ("data.align", self.data.align, 1),
             ("max_seconds", self.max_seconds, 1e-12),
+            ("teacher.hidden", self.teacher.hidden, 0.0),
             ("evaluate_every", self.evaluate_every, 0),
             ("evaluate_rows", self.evaluate_rows, 1),
             ("checkpoint_every", self.checkpoint_every, 0),
         ):
             if value is not None and not least <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least {least:g}, got {value}")
+        if not 0.0 <= self.teacher.share <= 1.0:
+            raise ValueError(f"teacher.share must lie in 0…1, got {self.teacher.share}")
+        if self.start_from is not None and self.model:
+            raise ValueError(
+                f"start_from ({self.start_from}) brings its own architecture; leave model.{next(iter(self.model))} out"
+            )
         from blockffn.objectives import OBJECTIVES
 
         for name, spec in self.objectives.terms.items():

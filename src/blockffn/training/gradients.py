@@ -49,11 +49,13 @@ def step_gradients(
         part = part.to(world.device)
         with gradient_sync(wrapped, enabled=start == starts[-1]):
             out = wrapped(part.input_ids, part.labels, part.document_ids, part.position_ids, counts, offsets)
-            loss = out.language_model
+            loss = out.language_model if out.distillation is None else out.distillation
             for name, term in out.terms.items():
                 loss = loss + coefficients[name].value(step) * term
             (loss * world.size).backward()
         parts = {"language_model": out.language_model, **out.terms}
+        if out.distillation is not None:
+            parts["distillation"] = out.distillation
         if out.expert_tokens is not None:
             loads = out.expert_tokens if loads is None else loads + out.expert_tokens
             parts |= {"active": out.expert_tokens.sum(), "active_in_windows": out.active_in_windows.sum()}

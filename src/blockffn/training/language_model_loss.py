@@ -20,7 +20,7 @@ MAX_LOGIT_BYTES_CUDA = 1 << 31  # every piece adds to the head's gradient, [V, D
 
 ALIGNMENT = 64
 
-LossAndGradient = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+LossAndGradient = Callable[[Tensor, Any, int], tuple[Tensor, Tensor]]
 
 
 def language_model_loss(
@@ -40,12 +40,31 @@ def language_model_loss(
         labels_BT: not shifted, as Hugging Face has them; -100 is ignored.
         loss_and_gradient: `cross_entropy_and_gradient` (the default), or the same compiled.
     """
-    # The targets move, not the hidden states: no copy of those, and pieces of equal size.
-    targets = torch.cat((labels_BT[:, 1:], labels_BT.new_full((labels_BT.shape[0], 1), IGNORE)), dim=1)
     hidden = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    loss: Tensor = _LinearCrossEntropy.apply(
-        hidden, head_VD, targets.reshape(-1), loss_and_gradient or cross_entropy_and_gradient
-    )
+    targets = next_tokens(labels_BT).reshape(-1)
+    return linear_loss(hidden, head_VD, targets, loss_and_gradient or cross_entropy_and_gradient)
+
+
+def next_tokens(labels_BT: Tensor) -> Tensor:
+    """What each position shall predict, `[B, T]`; -100 at a row's end.
+
+    The targets move, not the hidden states: no copy of those, and pieces of equal size.
+    """
+    return torch.cat((labels_BT[:, 1:], labels_BT.new_full((labels_BT.shape[0], 1), IGNORE)), dim=1)
+
+
+def linear_loss(hidden_TD: Tensor, head_VD: Tensor, targets: Any, loss_and_gradient: LossAndGradient) -> Tensor:
+    """A loss of the logits `hidden @ head.T` that is a sum over tokens.
+
+    Args:
+        targets: anything of which `targets[a:b]` are the targets of tokens a to b.
+        loss_and_gradient: takes logits, targets and vocabulary size of a piece (columns beyond it are padding) and
+            returns losses, 0-d or `[n]`, with the gradient of the first of them; the others are for the log.
+
+    Returns:
+        The losses, at least float32.
+    """
+    loss: Tensor = _LinearLoss.apply(hidden_TD, head_VD, targets, loss_and_gradient)
     return loss
 
 
@@ -66,10 +85,10 @@ def cross_entropy_and_gradient(logits_TV: Tensor, targets_T: Tensor, vocab_size:
     return torch.where(counted, losses, 0).sum(), gradient.to(logits_TV.dtype)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, loss_and_gradient: LossAndGradient
+        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, targets: Any, loss_and_gradient: LossAndGradient
     ) -> Tensor:
         device = hidden_TD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
@@ -78,13 +97,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head = F.pad(head_VD.to(dtype), (0, 0, 0, -vocab_size % ALIGNMENT))
         limit = MAX_LOGIT_BYTES_CUDA if device == "cuda" else MAX_LOGIT_BYTES
         rows = max(1, limit // (dtype.itemsize * head.shape[0]))
-        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+        total = 0.0
+        total_dtype = torch.promote_types(dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=total.dtype)
+        grad_head = torch.zeros_like(head, dtype=total_dtype)
         for start in range(0, hidden.shape[0], rows):
             piece = slice(start, start + rows)
-            loss, gradient = loss_and_gradient(hidden[piece] @ head.T, targets_T[piece], vocab_size)
-            total += loss
+            loss, gradient = loss_and_gradient(hidden[piece] @ head.T, targets[piece], vocab_size)
+            total = total + loss.to(total_dtype)
             grad_hidden[piece] = gradient @ head
             grad_head += gradient.T @ hidden[piece]
         ctx.save_for_backward(grad_hidden, grad_head[:vocab_size])
@@ -95,5 +115,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
+        grad_loss = grad_loss if grad_loss.ndim == 0 else grad_loss[0]
         hidden_dtype, head_dtype = ctx.dtypes
         return (grad_hidden * grad_loss).to(hidden_dtype), (grad_head * grad_loss).to(head_dtype), None, None

@@ -12,17 +12,16 @@ from typing import Any
 import torch
 
 from blockffn.errors import UserFacingError
-from blockffn.models.causal_lm import BlockFFNForCausalLM
-from blockffn.presets import preset_config
 from blockffn.settings import save_yaml
 from blockffn.training.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint
 from blockffn.training.clock import Clock, stop_signals
 from blockffn.training.coefficients import Coefficient, make_coefficient
 from blockffn.training.config import TrainSettings
+from blockffn.training.distillation import open_teacher
 from blockffn.training.distributed import World, open_world, wrap
 from blockffn.training.gradients import step_gradients
 from blockffn.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
-from blockffn.training.preparation import check_observations, make_loader, with_vocabulary
+from blockffn.training.preparation import check_observations, make_loader, make_model, with_vocabulary
 from blockffn.training.results import heldout_loss, save_model
 from blockffn.training.run_log import RunLog, hold_folder
 from blockffn.training.schedule import StepBudget, learning_rate_factor
@@ -98,13 +97,16 @@ def _train(
         held.enter_context(hold_folder(run))
 
     torch.manual_seed(settings.seed)
-    config = preset_config(settings.size, settings.method, **settings.model)
-    model = BlockFFNForCausalLM(config)
+    model = make_model(settings)
+    config = model.config
     model.to(device=world.device)  # type: ignore[call-arg]  # the wrapper that annotates it hides its arguments
     model.train()
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    module = TrainingModel(model, settings.objectives, precision=settings.precision, compile=settings.compile)
+    teacher = open_teacher(settings.teacher, model, precision=settings.precision, compile=settings.compile)
+    module = TrainingModel(
+        model, settings.objectives, precision=settings.precision, compile=settings.compile, teacher=teacher
+    )
     wrapped = wrap(module, model.model.layers, world, parallel=settings.parallel, precision=settings.precision)
     optimizer = make_optimizer(model, settings.optimizer)
     coefficients = {name: make_coefficient(spec) for name, spec in settings.objectives.terms.items()}
@@ -112,7 +114,9 @@ def _train(
     is_moe = config.ffn_type != "dense"
     names = ["language_model", *coefficients, "grad_norm", "num_targets", "num_tokens"]
     statistics = StepStatistics(
-        names + (["active", "active_in_windows", "num_windows"] if is_moe else []),
+        names
+        + (["distillation"] if teacher is not None else [])
+        + (["active", "active_in_windows", "num_windows"] if is_moe else []),
         keep=max(settings.log_every, *(c.interval or 0 for c in coefficients.values()), 1),
         num_layers=config.num_moe_layers,
         num_experts=config.num_experts if is_moe else 0,
@@ -226,7 +230,7 @@ def _log_record(
     record: dict[str, Any] = {
         "step": step,
         "lr": settings.optimizer.learning_rate * factor,
-        "loss": means["language_model"] + sum(weights[name] * means[name] for name in weights),
+        "loss": means.get("distillation", means["language_model"]) + sum(weights[name] * means[name] for name in weights),
         "language_model_loss": means["language_model"],
         "terms": {name: means[name] for name in weights},
         "coefficients": weights,
@@ -234,6 +238,8 @@ def _log_record(
         "cls8": means.get("cls8"),
         "grad_norm": means["grad_norm"],
     }
+    if "distillation" in means:
+        record["distillation_loss"] = means["distillation"]
     if statistics.num_experts:
         loads = statistics.take_loads()
         record["dead_experts"] = sum(load == 0 for layer in loads for load in layer)

@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from blockffn.checkpoints.load import load, model_folder
 from blockffn.data.loader import BatchLoader
 from blockffn.data.prepare import load_manifest
-from blockffn.presets import did_you_mean
+from blockffn.data.tokenizer import load_tokenizer, tokenizer_hash
+from blockffn.models.causal_lm import BlockFFNForCausalLM
+from blockffn.presets import did_you_mean, preset_config
 from blockffn.training.coefficients import Coefficient
 from blockffn.training.config import TrainSettings
 from blockffn.training.distributed import World
@@ -31,12 +36,35 @@ def with_vocabulary(settings: TrainSettings) -> TrainSettings:
     if not settings.data.folders:
         raise ValueError("no data: give a folder that `blockffn prepare` made, as data.folders or with --data")
     manifests = [load_manifest(Path(folder)) for folder in settings.data.folders]
+    if settings.start_from is not None:  # its vocabulary is its own, and the data's must be the same
+        expected = tokenizer_hash(load_tokenizer(model_folder(Path(settings.start_from))))
+        for folder, manifest in zip(settings.data.folders, manifests):
+            if manifest.tokenizer_hash != expected:
+                raise ValueError(
+                    f"{folder} was prepared with another tokenizer than that of {settings.start_from}; "
+                    f"prepare the text anew: blockffn prepare … --tokenizer {settings.start_from}"
+                )
+        return settings
     needed = max(manifest.vocab_size for manifest in manifests)
     chosen = settings.model.get("vocab_size", needed)
     if chosen < needed:
         raise ValueError(f"model.vocab_size is {chosen}, but the data's tokenizer has {needed} tokens")
     tokens = {name: getattr(manifests[0], name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return replace(settings, model={**tokens, **settings.model, "vocab_size": chosen})
+
+
+def make_model(settings: TrainSettings) -> BlockFFNForCausalLM:
+    """The model that learns, in float32 on the CPU: freshly drawn, or that of `start_from`.
+
+    Raises:
+        ValueError: the settings name no possible model, or `start_from` holds none that can be trained.
+    """
+    if settings.start_from is None:
+        return BlockFFNForCausalLM(preset_config(settings.size, settings.method, **settings.model))
+    model = load(Path(settings.start_from), dtype=torch.float32)
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(f"{settings.start_from} is quantised, and packed weights cannot be trained; name its original")
+    return model
 
 
 def make_loader(settings: TrainSettings, world: World) -> BatchLoader:

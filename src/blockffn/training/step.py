@@ -15,6 +15,7 @@ from blockffn.models.packed_attention import suits_packed_attention
 from blockffn.objectives import objective_terms
 from blockffn.routing import Routing
 from blockffn.training.config import ObjectiveSettings
+from blockffn.training.distillation import Teacher
 from blockffn.training.language_model_loss import cross_entropy_and_gradient, language_model_loss
 from blockffn.training.statistics import layer_counts
 
@@ -25,6 +26,7 @@ class MicroBatchLoss:
 
     Attributes:
         language_model: 0-d float32; cross entropy over the step's target tokens.
+        distillation: what is minimised in its place where there is a teacher, 0-d float32.
         terms: objective by name, 0-d float32, averaged over layers, without its coefficient.
         active_in_windows, expert_tokens: of `statistics.layer_counts`, stacked over layers: `[layers]` and
             `[layers, E]`; `None` for a dense model.
@@ -32,6 +34,7 @@ class MicroBatchLoss:
 
     language_model: Tensor
     terms: dict[str, Tensor]
+    distillation: Tensor | None = None
     active_in_windows: Tensor | None = None
     expert_tokens: Tensor | None = None
 
@@ -45,6 +48,7 @@ class TrainingModel(nn.Module):
         precision: `bfloat16` runs the model under autocast; norms, routing and losses stay in float32.
         compile: compile each decoder layer and the cross entropy (eager, it costs as much as several layers); on a GPU
             also the objectives, which eager are many small launches (on a CPU, compiling them costs a short run more).
+        teacher: a model to learn from.
     """
 
     def __init__(
@@ -54,13 +58,15 @@ class TrainingModel(nn.Module):
         *,
         precision: str = "float32",
         compile: bool = False,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.teacher = model, teacher
         self.objectives = objectives
         self.autocast = precision == "bfloat16"
         if self.autocast and suits_packed_attention(model.device, torch.bfloat16):
-            model.set_attn_implementation(PACKED_ATTENTION)
+            for one in [model] if teacher is None else [model, teacher.model]:
+                one.set_attn_implementation(PACKED_ATTENTION)
         self.loss_and_gradient = torch.compile(cross_entropy_and_gradient) if compile else cross_entropy_and_gradient
         self.measure_layer = (
             torch.compile(_measure_layer) if compile and model.device.type == "cuda" else _measure_layer
@@ -86,10 +92,11 @@ class TrainingModel(nn.Module):
 
         `document_offsets`: as for the model.
         """
-        loss, routings = self.language_model(input_ids, labels, document_ids, position_ids, document_offsets)
-        loss = loss / counts["num_targets"].clamp_min(1)
+        losses, routings = self.language_model(input_ids, labels, document_ids, position_ids, document_offsets)
+        losses = losses / counts["num_targets"].clamp_min(1)
+        distillation, loss = (None, losses) if self.teacher is None else losses.unbind()
         if not routings:
-            return MicroBatchLoss(loss, {})
+            return MicroBatchLoss(loss, {}, distillation)
         config = self.model.config
         layers = [
             self.measure_layer(
@@ -105,6 +112,7 @@ class TrainingModel(nn.Module):
         return MicroBatchLoss(
             loss,
             {name: torch.stack([layer[0][name] for layer in layers]).mean() for name in self.objectives.terms},
+            distillation,
             active_in_windows=torch.stack([layer[1] for layer in layers]),
             expert_tokens=torch.stack([layer[2] for layer in layers]),
         )
@@ -117,17 +125,25 @@ class TrainingModel(nn.Module):
         position_ids: Tensor,
         document_offsets: Tensor | None,
     ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """Summed cross entropy of the rows, and the layers' routings (none of a dense model)."""
+        """Summed cross entropy of the rows, and the layers' routings (none of a dense model).
+
+        With a teacher: `[2]`, what is minimised in place of the cross entropy, and the cross entropy.
+        """
+        rows = {"document_ids": document_ids, "document_offsets": document_offsets, "position_ids": position_ids}
         with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             out = self.model.model(
                 input_ids,
-                document_ids=document_ids,
-                document_offsets=document_offsets,
-                position_ids=position_ids,
+                **rows,
                 output_routing=True,
+                output_hidden_states=self.teacher is not None and self.teacher.settings.hidden > 0,
                 use_cache=False,
             )
             hidden = self.model.head_input(out.last_hidden_state)
+            if self.teacher is not None:
+                theirs = self.teacher.states(input_ids, **rows)
+                head = self.model.lm_head.weight
+                losses = self.teacher.losses(out.hidden_states or (), head, hidden, labels, theirs)
+                return torch.stack(losses), out.routings or ()
             loss = language_model_loss(
                 hidden, self.model.lm_head.weight, labels, loss_and_gradient=self.loss_and_gradient
             )
