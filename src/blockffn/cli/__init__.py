@@ -20,6 +20,7 @@ from blockffn.cli import (
     report,
     threshold,
     train,
+    write,
     zero_shot,
 )
 
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 for verb in (
     demo, prepare, train, evaluate, zero_shot, analyze, generate, threshold, formats, convert, inspect, report, presets,
+    write,
 ):  # fmt: skip
     verb.register(app)
 

@@ -61,9 +61,9 @@ def without_gates(neurons: Neurons, x_TD: Tensor) -> Neurons:
 def fit_router(neurons: Neurons, x_TD: Tensor, num_experts: int, *, tls: float, eps: float) -> FittedRouter:
     """A router for neurons in the order of their experts, under which `tls` percent of the experts are inactive.
 
-    Its logits are the best linear prediction of how large an expert's output is, less a threshold. The projection has no
-    bias; the threshold is a multiple of the best linear prediction of 1, which inputs after a norm allow. The scales
-    bring the weighted sum of the active experts closest to the dense output.
+    Its logits are the best linear prediction of whether an expert's output is among the token's largest, less a
+    threshold. The projection has no bias; the threshold is a multiple of the best linear prediction of 1, which inputs
+    after a norm allow. The scales bring the weighted sum of the active experts closest to the dense output.
 
     Args:
         tls: token-level sparsity on `x`, in percent.
@@ -71,7 +71,9 @@ def fit_router(neurons: Neurons, x_TD: Tensor, num_experts: int, *, tls: float, 
     """
     pieces = x_TD.split(PIECE)
     sizes_TE = torch.cat([expert_outputs(neurons, piece, num_experts).norm(dim=-1) for piece in pieces])
-    targets = torch.cat((sizes_TE, torch.ones_like(sizes_TE[:, :1])), dim=1)
+    kept = max(1, round(num_experts * (1 - tls / 100)))
+    largest_TE = torch.zeros_like(sizes_TE).scatter(1, sizes_TE.topk(kept, dim=1).indices, 1.0)
+    targets = torch.cat((largest_TE, torch.ones_like(largest_TE[:, :1])), dim=1)
     solution = ridge(x_TD, targets)  # [D, E + 1]
     predicted = x_TD @ solution
     one_T1 = predicted[:, -1:].clamp_min(1e-3)

@@ -1,0 +1,70 @@
+"""The recovery experiment: its stages, what is skipped, and a rehearsal of all of it on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from blockffn.data.prepare import prepare
+from blockffn.data.tokenizer import load_tokenizer
+from blockffn.experiments.dense_to_sparse import Recovery, main, stages
+
+
+def recovery(tmp_path: Path, **changes: object) -> Recovery:
+    fields = {"model": tmp_path / "model.gguf", "text": (tmp_path / "text.jsonl",), "valid": (), "work": tmp_path / "work"}
+    return Recovery(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_later_stages_read_what_earlier_ones_make(tmp_path: Path) -> None:
+    made = {str(tmp_path / "model.gguf"), str(tmp_path / "text.jsonl")}
+    for stage in stages(recovery(tmp_path, eval_data=tmp_path)):
+        outputs = [word for option, word in zip(stage.command, stage.command[1:]) if option in ("--out", "--json")]
+        inputs = {word.partition("=")[0] for word in stage.command if str(tmp_path) in word} - {*outputs, str(tmp_path)}
+        assert inputs <= made, stage.name
+        made |= {*outputs, str(stage.makes)}
+
+
+def test_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    by_name = {stage.name: stage.command for stage in stages(recovery(tmp_path))}
+    assert "--start-from" in by_name["train"]
+    state = tmp_path / "work" / "run" / "checkpoints" / "step-00000001" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text("{}")
+    by_name = {stage.name: stage.command for stage in stages(recovery(tmp_path))}
+    assert "--resume" in by_name["train"]
+    assert "--start-from" not in by_name["train"]
+
+
+@pytest.mark.slow
+def test_a_tiny_model_goes_all_the_way(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    words = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "runs", "sleeps", "sings"]
+    lines = [" ".join(draw.choice(words) for _ in range(draw.randrange(60, 120))) for _ in range(200)]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    prepare([tmp_path / "text.jsonl"], tmp_path / "tokens", vocab_size=300, valid_fraction=0.1)
+    llama = LlamaForCausalLM(LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.1, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    ))  # fmt: skip
+    llama.save_pretrained(tmp_path / "llama")
+    load_tokenizer(tmp_path / "tokens").save_pretrained(tmp_path / "llama")
+    command = [
+        "--model", str(tmp_path / "llama"), "--text", str(tmp_path / "text.jsonl"), "--work", str(tmp_path / "work"),
+        "--records", str(tmp_path / "records"), "--name", "tiny", "--device", "cpu", "--num-experts", "6",
+        "--documents", "4", "--new-tokens", "40", "--steps", "4", "--batch-size", "4", "--micro-batch-size", "4",
+        "--sequence-length", "128", "--own-share", "0.2", "precision=float32", "compile=false", "log_every=1",
+    ]  # fmt: skip
+    assert main("", command) == 0
+    record = json.loads((tmp_path / "records" / "dense-to-sparse" / "tiny.json").read_text())
+    assert [stage["name"] for stage in record["receipt"]["stages"]] == ["loaded", "regrouped", "routed"]
+    assert record["models"]["recovered"]["against"]["divergence"] > 0
+    assert record["models"]["recovered"]["tls"] > 0
+    assert "tls" not in record["models"]["dense"]
+    assert record["training"]["step"] == 4
+    assert str(tmp_path / "work") not in json.dumps(record)
+    assert main("", command) == 0  # nothing is left to do
