@@ -18,7 +18,7 @@ def blockffn(*arguments: str, cwd: Path | None = None, stdin: str = "") -> subpr
 
 
 VERBS = ("demo", "prepare", "train", "evaluate", "zero-shot", "analyze", "generate", "threshold", "formats", "convert",
-         "inspect", "report", "presets")  # fmt: skip
+         "inspect", "report", "presets", "write")  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -45,6 +45,12 @@ def test_every_verb_has_help(verb: str) -> None:
     (["convert", "nowhere", "--out", "x"], "nowhere holds no model"),
     (["convert", "nowhere", "--out", "x", "--quantize", "int3"], "unknown format 'int3'"),
     (["convert", "nowhere", "--out", "x", "--ffn", "int4"], "add --quantize"),
+    (["convert", "nowhere", "--out", "x", "--from-dense"], "--data FOLDER"),
+    (["convert", "nowhere", "--out", "x", "--from-dense", "--experts", "some"], "must be one of gated, plain, none"),
+    (["convert", "nowhere", "--out", "x", "--from-dense", "--experts", "none"], "nowhere holds no model"),
+    (["convert", "nowhere", "--out", "x", "--from-dense", "--quantize", "int8"], "convert its result once more"),
+    (["train", "--resume", "--out", "x", "--teacher", "y"], "--teacher was decided when the run began"),
+    (["write", "nowhere", "--data", "x", "--out", "y"], "nowhere holds no model"),
     (["zero-shot", "nowhere"], "no task: give --task"),
     (["zero-shot", "nowhere", "--task", "blimp"], "is not NAME=FILE"),
     (["threshold", "nowhere"], "nowhere holds no model"),

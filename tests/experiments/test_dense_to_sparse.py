@@ -15,7 +15,12 @@ from blockffn.experiments.dense_to_sparse import Recovery, main, stages
 
 
 def recovery(tmp_path: Path, **changes: object) -> Recovery:
-    fields = {"model": tmp_path / "model.gguf", "text": (tmp_path / "text.jsonl",), "valid": (), "work": tmp_path / "work"}
+    fields = {
+        "model": tmp_path / "model.gguf",
+        "text": (tmp_path / "text.jsonl",),
+        "valid": (),
+        "work": tmp_path / "work",
+    }
     return Recovery(**{**fields, **changes})  # type: ignore[arg-type]
 
 

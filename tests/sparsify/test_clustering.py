@@ -15,7 +15,9 @@ def test_rows_that_point_the_same_way_stay_together() -> None:
     kinds = torch.arange(4).repeat_interleave(6)[torch.randperm(24)]
     features = 10 * torch.eye(4)[kinds] + 0.1 * torch.randn(24, 4)
     clusters = balanced_clusters(features, 4)
-    assert {tuple(clusters[kinds == kind].unique().tolist()) for kind in range(4)} == {(c,) for c in clusters.unique().tolist()}
+    assert {tuple(clusters[kinds == kind].unique().tolist()) for kind in range(4)} == {
+        (c,) for c in clusters.unique().tolist()
+    }
 
 
 def test_the_same_rows_give_the_same_clusters() -> None:
@@ -24,5 +26,5 @@ def test_the_same_rows_give_the_same_clusters() -> None:
 
 
 def test_a_number_that_does_not_divide_is_refused_with_the_nearest_one_that_does() -> None:
-    with pytest.raises(ValueError, match="48 rows cannot be split into 7 equal clusters; nearest: [68]"):
+    with pytest.raises(ValueError, match=r"48 rows cannot be split into 7 equal clusters; nearest: [68]"):
         balanced_clusters(torch.randn(48, 3), 7)

@@ -14,7 +14,9 @@ from blockffn.sparsify.receipt import compare
 from tests.sparsify.conftest import MakeLlama
 
 
-def sparse(make_llama: MakeLlama, text: Path, **wanted: object) -> tuple[BlockFFNForCausalLM, BlockFFNForCausalLM, list]:
+def sparse(
+    make_llama: MakeLlama, text: Path, **wanted: object
+) -> tuple[BlockFFNForCausalLM, BlockFFNForCausalLM, list]:
     dense = from_llama(make_llama())
     calibration = read_passages(text, "train", length=64, num_tokens=1024)
     held_out = read_passages(text, "valid", length=64, num_tokens=256)

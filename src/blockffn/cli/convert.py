@@ -42,7 +42,9 @@ def convert(
     data: Annotated[
         Path | None, typer.Option(help="Prepared text that routers are fitted on (--from-dense).", show_default=False)
     ] = None,
-    experts: Annotated[str, typer.Option(help="gated, plain, or none: only our architecture (--from-dense).")] = "gated",
+    experts: Annotated[
+        str, typer.Option(help="gated, plain, or none: only our architecture (--from-dense).")
+    ] = "gated",
     num_experts: Annotated[int, typer.Option(help="Experts a layer (--from-dense).")] = 24,
     sparsity: Annotated[float, typer.Option(help="TLS to start with, in percent (--from-dense).")] = 50.0,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens to fit on (--from-dense).", min=64)] = 8192,

@@ -53,7 +53,7 @@ def convert_dense(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, difference = open_dense(path)
-    model.to(device)
+    model.to(device=device)  # type: ignore[call-arg]
     receipt: dict[str, Any] = {"source": str(path), "experts": experts, "load_difference": difference, "stages": []}
     if experts != "none" or data is not None:
         assert data is not None
@@ -70,7 +70,7 @@ def convert_dense(
         receipt["stages"] += [stage.to_dict() for stage in stages]
         receipt |= {"num_experts": num_experts, "sparsity": sparsity, "calibration_tokens": calibration_tokens}
     if dtype == "bfloat16":
-        model.to(torch.bfloat16)
+        model.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
     with new_folder(out) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)

@@ -44,7 +44,7 @@ def write(
     console = Console()
     model, tokenizer = load_run(path, device=device)
     half = precision == "bfloat16" or (precision is None and model.device.type == "cuda")
-    model.to(torch.bfloat16 if half else torch.float32)
+    model.to(dtype=torch.bfloat16 if half else torch.float32)  # type: ignore[call-arg]
     openings = openings_of(data, count=documents, length=opening_tokens)
     texts = write_documents(
         model, tokenizer, openings, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,

@@ -42,7 +42,8 @@ def write_documents(
     context = model.config.max_position_embeddings
     if openings.shape[1] + max_new_tokens > context:
         raise ValueError(
-            f"openings of {openings.shape[1]} tokens and {max_new_tokens} new ones do not fit into the model's {context}"
+            f"openings of {openings.shape[1]} tokens and {max_new_tokens} new ones exceed the model's context of "
+            f"{context}"
         )
     torch.manual_seed(seed)
     decoder: Any = model.eval()  # `generate` is annotated for a protocol that only transformers' own models declare

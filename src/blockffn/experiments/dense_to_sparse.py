@@ -157,10 +157,11 @@ def _training(r: Recovery, sparse: Path, dense: Path, run: Path, data: dict[Path
     ends = ("--out", run, "--json", run / "train.json")
     if any((run / "checkpoints").glob("step-*/state.json")):
         return _stage(r, "train", run / "model", "train", "--resume", *ends)
-    target = {"kind": "set_point", "initial": 0.05, "target": r.sparsity, "observes": "tls", "interval": 10,
-              "response_steps": 60, "warmup_steps": min(50, r.steps // 4), "target_ramp_steps": r.steps // 3}  # fmt: skip
-    terms = {"chunk_sparsification": target,
-             "activation_locality": {"kind": "constant", "value": 3e-4, "warmup_steps": min(100, r.steps // 4)}}  # fmt: skip
+    target: dict[str, Any] = {"kind": "set_point", "initial": 0.05, "target": r.sparsity, "observes": "tls"}
+    target |= {"interval": 10, "response_steps": 60, "warmup_steps": min(50, r.steps // 4)}
+    target["target_ramp_steps"] = r.steps // 3
+    locality = {"kind": "constant", "value": 3e-4, "warmup_steps": min(100, r.steps // 4)}
+    terms = {"chunk_sparsification": target, "activation_locality": locality}
     settings = (
         f"steps={r.steps}", f"batch_size={r.batch_size}", f"micro_batch_size={r.micro_batch_size}",
         f"data.sequence_length={r.sequence_length}", "optimizer.learning_rate=0.0005", "optimizer.weight_decay=0.01",
@@ -198,7 +199,9 @@ def _parse(description: str, arguments: Sequence[str] | None) -> argparse.Namesp
     for name in ("experts", "num_experts", "start_sparsity", "sparsity", "documents", "new_tokens", "own_share",
                  "steps", "batch_size", "micro_batch_size", "sequence_length"):  # fmt: skip
         default = defaults[name].default
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}"
+        )
     parser.add_argument("--eval-limit", type=int, help="first so many pairs and passages only")
     given = parser.parse_intermixed_args(arguments)
     given.text, given.valid, given.changes = tuple(given.text), tuple(given.valid), tuple(given.changes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from blockffn.configuration import BlockFFNConfig
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.models.experts import GatedFFN
 from blockffn.models.moe import BlockFFN
+from blockffn.models.routers.relu_rmsnorm import ReLURMSNormRouter
 from blockffn.routing import Routing
 from blockffn.sparsify.layer import Neurons, fit_router, order_by_expert, refit_down, routed, without_gates
 from blockffn.sparsify.passages import Passage, ffn_inputs
@@ -65,7 +67,7 @@ def regroup(
     calibration: Sequence[Passage],
     held_out: Sequence[Passage],
     *,
-    on_layer: Callable[[int], None] = lambda layer: None,
+    on_layer: Callable[[int], object] = lambda layer: None,
 ) -> tuple[BlockFFNForCausalLM, list[Stage]]:
     """A model with experts made from `dense`, on the same device, and the receipt's stages `regrouped` and `routed`.
 
@@ -86,7 +88,7 @@ def regroup(
         x_TD = x_TD.to(dense.device)
         original = _neurons(dense.model.layers[number].mlp)
         order = order_by_expert(original, x_TD, wanted.num_experts)
-        neurons = Neurons(original.gate_ND[order], original.up_ND[order], original.down_ND[order])
+        neurons = original.reordered(order)
         ffn = model.model.layers[number].mlp
         _fill(ffn, neurons if wanted.gated else without_gates(neurons, x_TD))
         layers.append((neurons, x_TD.cpu()))
@@ -104,17 +106,14 @@ def regroup(
 def _route(ffn: BlockFFN, neurons: Neurons, x_TD: Tensor, wanted: Regrouping, *, eps: float) -> None:
     """Fit the router, then the down-projections to what it lets through; the dense FFN's output is the target."""
     target_TD = neurons.activations(x_TD) @ neurons.down_ND
-    experts = ffn.routed_experts
-    found = Neurons(
-        experts.up_proj.flatten(0, 1) if not wanted.gated else neurons.gate_ND,
-        neurons.up_ND if wanted.gated else None,
-        experts.down_proj.flatten(0, 1),
-    )
+    experts, router_module = ffn.routed_experts, cast(ReLURMSNormRouter, ffn.router)
+    up_ND = neurons.up_ND if wanted.gated else None
+    found = Neurons(neurons.gate_ND, up_ND, experts.down_proj.detach().flatten(0, 1))
     router = fit_router(found, x_TD, wanted.num_experts, tls=wanted.tls, eps=eps)
     weights_TE = routed(x_TD, router.proj_ED, eps) * router.scale_E
     with torch.no_grad():
-        ffn.router.proj.weight.copy_(router.proj_ED)
-        ffn.router.norm.weight.copy_(router.scale_E)
+        router_module.proj.weight.copy_(router.proj_ED)
+        router_module.norm.weight.copy_(router.scale_E)
         experts.down_proj.copy_(refit_down(found, x_TD, weights_TE, target_TD).view_as(experts.down_proj))
 
 
@@ -145,7 +144,7 @@ def _neurons(ffn: GatedFFN) -> Neurons:
 def _fill(ffn: BlockFFN, neurons: Neurons) -> None:
     """Our gated experts are `silu(gate x) * (up x)`, the others `silu(up x)`."""
     experts = ffn.routed_experts
-    if neurons.up_ND is None:
+    if neurons.up_ND is None or experts.gate_proj is None:
         experts.up_proj.copy_(neurons.gate_ND.view_as(experts.up_proj))
     else:
         experts.gate_proj.copy_(neurons.gate_ND.view_as(experts.gate_proj))

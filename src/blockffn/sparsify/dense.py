@@ -1,4 +1,4 @@
-"""Opens a dense model in our architecture: our own dense models, and any Hugging Face model that computes as Llama does.
+"""Opens a dense model in our architecture: our own ones, and Hugging Face models that compute as Llama does.
 
 A model is Llama-like if its tensors have Llama's names and shapes and our dense model gives its logits. The second
 condition is measured, so that a scale or a norm which a configuration hides is found, not assumed away.
@@ -88,7 +88,9 @@ def dense_config(config: Any) -> BlockFFNConfig:
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
     for name in needed:
         if getattr(config, name, None) is None:
-            raise ValueError(f"a model of type {config.model_type!r} is not Llama-like: its configuration has no {name}")
+            raise ValueError(
+                f"a model of type {config.model_type!r} is not Llama-like: its configuration has no {name}"
+            )
     activation = getattr(config, "hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ValueError(f"the FFN's activation is {activation!r}; models with a gated SiLU can be converted")

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 from blockffn.sparsify.clustering import balanced_clusters
 
 RIDGE = 1e-2  # of the mean squared input: directions that calibration text hardly visits stay near their start
+NEAR = (
+    1.0  # the same for rows of `down`, which have more to fit than calibration text can say and start from good values
+)
 PIECE = 512  # tokens at a time where every expert's output is held
 
 
@@ -25,6 +28,12 @@ class Neurons:
     gate_ND: Tensor
     up_ND: Tensor | None
     down_ND: Tensor
+
+    def reordered(self, order_N: Tensor) -> Neurons:
+        """The same neurons in another order."""
+        return Neurons(
+            self.gate_ND[order_N], None if self.up_ND is None else self.up_ND[order_N], self.down_ND[order_N]
+        )
 
     def activations(self, x_TD: Tensor) -> Tensor:
         """What each neuron multiplies its row of `down` by: `[T, N]`."""
@@ -91,7 +100,7 @@ def routed(x_TD: Tensor, proj_ED: Tensor, eps: float) -> Tensor:
 
 
 def fit_scale(neurons: Neurons, x_TD: Tensor, weights_TE: Tensor) -> Tensor:
-    """Factors `[E]` with which the routed experts come closest to all of them; near one factor for all where in doubt."""
+    """Factors `[E]` that bring the routed experts closest to all of them; near one common factor where in doubt."""
     experts = weights_TE.shape[1]
     gram, moment = x_TD.new_zeros(experts, experts), x_TD.new_zeros(experts)
     for piece, weights in zip(x_TD.split(PIECE), weights_TE.split(PIECE)):
@@ -109,7 +118,7 @@ def refit_down(neurons: Neurons, x_TD: Tensor, weights_TE: Tensor, target_TD: Te
     """Rows of `down [N, D]` near the present ones with which the routed experts come closest to `target`."""
     experts = weights_TE.shape[1]
     activations = neurons.activations(x_TD).unflatten(-1, (experts, -1)) * weights_TE.unsqueeze(-1)
-    return ridge(activations.flatten(1), target_TD, near=neurons.down_ND)
+    return ridge(activations.flatten(1), target_TD, near=neurons.down_ND, strength=NEAR)
 
 
 def expert_outputs(neurons: Neurons, x_TD: Tensor, num_experts: int) -> Tensor:

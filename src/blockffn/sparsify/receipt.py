@@ -36,9 +36,7 @@ class Stage:
 
 
 @torch.no_grad()
-def compare(
-    name: str, original: BlockFFNForCausalLM, model: BlockFFNForCausalLM, passages: Sequence[Passage]
-) -> Stage:
+def compare(name: str, original: BlockFFNForCausalLM, model: BlockFFNForCausalLM, passages: Sequence[Passage]) -> Stage:
     """Run both models on the passages, each on its own device, and compare their logits."""
     squares = torch.zeros(2, dtype=torch.float64)
     divergence = loss = active = routed = 0.0

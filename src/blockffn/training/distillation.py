@@ -1,4 +1,4 @@
-"""Learning from a teacher: the divergence from its predictions, in pieces like the cross entropy, and from its states."""
+"""Learning from a teacher: the divergence from its predictions, in pieces like the cross entropy, and its states."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Teacher:
     def states(self, input_ids: Tensor, **rows: Tensor | None) -> tuple[Tensor, ...]:
         """States `[B, T, D]` before each layer and, last, after the final norm."""
         out = self.model.model(input_ids, **rows, output_hidden_states=True, use_cache=False)
-        return out.hidden_states  # type: ignore[no-any-return]
+        return out.hidden_states
 
     def losses(self, states: tuple[Tensor, ...], head_VD: Tensor, hidden_BTD: Tensor, labels: Tensor,
                theirs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -81,7 +81,7 @@ class Teacher:
 def mixed_losses_and_gradient(
     logits_TV: Tensor, targets: tuple[Tensor, Tensor], vocab_size: int, *, share: float
 ) -> tuple[Tensor, Tensor]:
-    """Summed `share · KL(teacher ‖ student) + (1 - share) · cross entropy`, the cross entropy, and the first's gradient.
+    """Summed `share · KL(teacher, student) + (1 - share) · cross entropy`, the cross entropy, the first one's gradient.
 
     Args:
         logits_TV: the student's; columns from `vocab_size` on count for nothing.

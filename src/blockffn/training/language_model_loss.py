@@ -97,14 +97,13 @@ class _LinearLoss(torch.autograd.Function):
         head = F.pad(head_VD.to(dtype), (0, 0, 0, -vocab_size % ALIGNMENT))
         limit = MAX_LOGIT_BYTES_CUDA if device == "cuda" else MAX_LOGIT_BYTES
         rows = max(1, limit // (dtype.itemsize * head.shape[0]))
-        total = 0.0
-        total_dtype = torch.promote_types(dtype, torch.float32)
+        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=total_dtype)
+        grad_head = torch.zeros_like(head, dtype=total.dtype)
         for start in range(0, hidden.shape[0], rows):
             piece = slice(start, start + rows)
             loss, gradient = loss_and_gradient(hidden[piece] @ head.T, targets[piece], vocab_size)
-            total = total + loss.to(total_dtype)
+            total = total + loss
             grad_hidden[piece] = gradient @ head
             grad_head += gradient.T @ hidden[piece]
         ctx.save_for_backward(grad_hidden, grad_head[:vocab_size])

@@ -230,7 +230,8 @@ def _log_record(
     record: dict[str, Any] = {
         "step": step,
         "lr": settings.optimizer.learning_rate * factor,
-        "loss": means.get("distillation", means["language_model"]) + sum(weights[name] * means[name] for name in weights),
+        "loss": means.get("distillation", means["language_model"])
+        + sum(weights[name] * means[name] for name in weights),
         "language_model_loss": means["language_model"],
         "terms": {name: means[name] for name in weights},
         "coefficients": weights,
