@@ -83,7 +83,8 @@ def convert(
             console=console,
         )  # fmt: skip
         write_json(json_path, made)
-        console.print(receipt_table(made))
+        if made["stages"]:
+            console.print(receipt_table(made))
         console.print(f"written to {out}; its logits differed by {made['load_difference']:.1e} when it was loaded")
         console.print(
             f"next: blockffn train --start-from {out} --teacher DENSE --data FOLDER --out RUN", style="dim",

@@ -55,16 +55,15 @@ def convert_dense(
     model, tokenizer, difference = open_dense(path)
     model.to(device=device)  # type: ignore[call-arg]
     receipt: dict[str, Any] = {"source": str(path), "experts": experts, "load_difference": difference, "stages": []}
-    if experts != "none" or data is not None:
-        assert data is not None
+    if data is not None:
         check_tokenizer(data, tokenizer)
         length = min(512, model.config.max_position_embeddings)
         held_out = read_passages(data, "valid", length=length, num_tokens=max(length, calibration_tokens // 4))
         receipt["stages"] = [compare("loaded", model, model, held_out).to_dict()]
-    if experts != "none":
+    if data is not None and experts != "none":
         wanted = Regrouping(num_experts, gated=experts == "gated", tls=sparsity)
         wanted.check(model.config)
-        calibration = read_passages(data, "train", length=length, num_tokens=calibration_tokens)  # type: ignore[arg-type]
+        calibration = read_passages(data, "train", length=length, num_tokens=calibration_tokens)
         with tqdm(total=model.config.num_hidden_layers, unit="layer", disable=not console.is_terminal) as bar:
             model, stages = regroup(model, wanted, calibration, held_out, on_layer=lambda _: bar.update())
         receipt["stages"] += [stage.to_dict() for stage in stages]

@@ -16,7 +16,7 @@ from blockffn.models.moe import BlockFFN
 from blockffn.models.routers.relu_rmsnorm import ReLURMSNormRouter
 from blockffn.routing import Routing
 from blockffn.sparsify.layer import Neurons, fit_router, order_by_expert, refit_down, routed, without_gates
-from blockffn.sparsify.passages import Passage, ffn_inputs
+from blockffn.sparsify.passages import ffn_inputs
 from blockffn.sparsify.receipt import Stage, compare
 
 
@@ -64,8 +64,8 @@ class EveryExpert(nn.Module):
 def regroup(
     dense: BlockFFNForCausalLM,
     wanted: Regrouping,
-    calibration: Sequence[Passage],
-    held_out: Sequence[Passage],
+    calibration: Sequence[Tensor],
+    held_out: Sequence[Tensor],
     *,
     on_layer: Callable[[int], object] = lambda layer: None,
 ) -> tuple[BlockFFNForCausalLM, list[Stage]]:
@@ -74,8 +74,8 @@ def regroup(
     Routers see in every layer what the dense model's FFN sees there.
 
     Args:
-        calibration: text that neurons are grouped and routers are fitted on.
-        held_out: other text, for the receipt.
+        calibration: token ids `[1, T]` of passages that neurons are grouped and routers are fitted on.
+        held_out: other passages, for the receipt.
         on_layer: called with a layer's number when it is done.
 
     Raises:

@@ -42,6 +42,8 @@ def open_dense(path: Path) -> tuple[BlockFFNForCausalLM, PreTrainedTokenizerBase
         model = load(folder, dtype=torch.float32)
         if model.config.ffn_type != "dense":
             raise ValueError(f"{path} has experts already (ffn_type {model.config.ffn_type}); name a dense model")
+        if getattr(model, "hf_quantizer", None) is not None:
+            raise ValueError(f"{path} is quantised; name the model that it was made from")
         return model, tokenizer, 0.0
     try:
         original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source).eval()

@@ -6,7 +6,6 @@ Without the others, plain causal attention is exact, whatever model runs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -20,15 +19,8 @@ from blockffn.data.tokenizer import tokenizer_hash
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 
 
-@dataclass(frozen=True)
-class Passage:
-    """Token ids `[1, T]` of one document's beginning, `T >= 2`."""
-
-    tokens: Tensor
-
-
-def read_passages(folder: Path, split: str, *, length: int, num_tokens: int) -> list[Passage]:
-    """Passages of at most `length` tokens with at most `num_tokens` in all, from rows spread over the split.
+def read_passages(folder: Path, split: str, *, length: int, num_tokens: int) -> list[Tensor]:
+    """Token ids `[1, T]` of passages, each of at most `length` tokens, from rows spread over the split; `num_tokens` at most.
 
     Raises:
         ValueError: the split is missing or holds too little text.
@@ -36,14 +28,14 @@ def read_passages(folder: Path, split: str, *, length: int, num_tokens: int) -> 
     rows = max(1, num_tokens // length)
     batches = iterate_split(folder, split, sequence_length=length, batch_size=1, align=1, max_rows=rows)
     firsts = [batch.input_ids[0][batch.document_ids[0] == 0] for batch in batches]
-    passages = [Passage(tokens[None]) for tokens in firsts if len(tokens) > 1]
+    passages = [tokens[None] for tokens in firsts if len(tokens) > 1]
     if not passages:
         raise ValueError(f"{folder} has no text in its split {split!r}; prepare more")
     return passages
 
 
 @torch.no_grad()
-def ffn_inputs(model: BlockFFNForCausalLM, passages: Sequence[Passage]) -> Iterator[Tensor]:
+def ffn_inputs(model: BlockFFNForCausalLM, passages: Sequence[Tensor]) -> Iterator[Tensor]:
     """What the FFN of each layer gets, `[T, D]` on the CPU, over all passages; a layer at a time once all have run."""
     layers = model.model.layers
     seen: list[list[Tensor]] = [[] for _ in layers]
@@ -53,7 +45,7 @@ def ffn_inputs(model: BlockFFNForCausalLM, passages: Sequence[Passage]) -> Itera
     ]
     try:
         for passage in passages:
-            model.model(passage.tokens.to(model.device), use_cache=False)
+            model.model(passage.to(model.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from blockffn.models.causal_lm import BlockFFNForCausalLM
-from blockffn.sparsify.passages import Passage
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class Stage:
 
 
 @torch.no_grad()
-def compare(name: str, original: BlockFFNForCausalLM, model: BlockFFNForCausalLM, passages: Sequence[Passage]) -> Stage:
-    """Run both models on the passages, each on its own device, and compare their logits."""
+def compare(name: str, original: BlockFFNForCausalLM, model: BlockFFNForCausalLM, passages: Sequence[Tensor]) -> Stage:
+    """Run both models on the passages (token ids `[1, T]`), each on its own device, and compare their logits."""
     squares = torch.zeros(2, dtype=torch.float64)
     divergence = loss = active = routed = 0.0
     predicted = 0
     for passage in passages:
-        wanted = original(passage.tokens.to(original.device), use_cache=False).logits[0].float()
-        out = model(passage.tokens.to(model.device), use_cache=False, output_routing=True)
+        wanted = original(passage.to(original.device), use_cache=False).logits[0].float()
+        out = model(passage.to(model.device), use_cache=False, output_routing=True)
         found = out.logits[0].float().to(wanted.device)
         squares += torch.stack([(found - wanted).square().sum(), wanted.square().sum()]).double().cpu()
         log_wanted, log_found = wanted.log_softmax(-1), found.log_softmax(-1)
         divergence += float((log_wanted.exp() * (log_wanted - log_found)).sum())
-        loss -= float(log_found[:-1].gather(-1, passage.tokens[0, 1:, None].to(wanted.device)).sum())
+        loss -= float(log_found[:-1].gather(-1, passage[0, 1:, None].to(wanted.device)).sum())
         predicted += len(wanted) - 1
         for routing in out.routings or ():
             active += float((routing.weights != 0).sum())

@@ -45,9 +45,9 @@ class Teacher:
 
     def __init__(self, model: BlockFFNForCausalLM, settings: TeacherSettings, *, compile: bool = False) -> None:
         self.model, self.settings = model.eval().requires_grad_(False), settings
-        self.loss_and_gradient: LossAndGradient = partial(mixed_losses_and_gradient, share=settings.share)
+        loss_and_gradient = torch.compile(mixed_losses_and_gradient) if compile else mixed_losses_and_gradient
+        self.loss_and_gradient: LossAndGradient = partial(loss_and_gradient, share=settings.share)
         if compile:
-            self.loss_and_gradient = torch.compile(self.loss_and_gradient)
             for layer in model.model.layers:
                 layer.compile()
 
