@@ -20,7 +20,7 @@ from blockffn.models.causal_lm import BlockFFNForCausalLM
 
 
 def read_passages(folder: Path, split: str, *, length: int, num_tokens: int) -> list[Tensor]:
-    """Token ids `[1, T]` of passages, each of at most `length` tokens, from rows spread over the split; `num_tokens` at most.
+    """Token ids `[1, T]` of passages, `T <= length`, from rows spread over the split; in all at most `num_tokens`.
 
     Raises:
         ValueError: the split is missing or holds too little text.
