@@ -55,7 +55,7 @@ def test_another_activation_is_refused(make_llama: MakeLlama) -> None:
 def test_a_folder_opens_with_its_tokenizer(llama_folder: Path) -> None:
     model, tokenizer, difference = open_dense(llama_folder)
     assert isinstance(model.config, BlockFFNConfig)
-    assert len(tokenizer) == 300 or tokenizer.vocab_size <= 300
+    assert len(tokenizer) <= 300
     assert 0 <= difference < 1e-5
     original = AutoModelForCausalLM.from_pretrained(llama_folder)
     assert torch.equal(original.lm_head.weight, model.lm_head.weight)
