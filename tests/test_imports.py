@@ -22,6 +22,7 @@ ALLOWED = {
     "data": BASE | {"objectives", "metrics"},
     "models": BASE | {"ops", "objectives", "metrics"},
     "checkpoints": BASE | {"ops", "metrics", "models"},
+    "inference": BASE | {"ops", "objectives", "metrics", "data", "models"},
     "training": BASE | {"ops", "objectives", "metrics", "data", "models", "evaluation"},
     "evaluation": BASE | {"ops", "objectives", "metrics", "data", "models", "checkpoints", "training"},
     "experiments": BASE | {"reporting", "data", "training"},
