@@ -12,6 +12,7 @@ from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.drafters.ngram import NgramDrafter
 from blockffn.inference.speculative.growth import BestNodes, Budget
 from blockffn.inference.speculative.tree import DraftTree
+from blockffn.inference.target import Step
 from tests.inference.speculative.stub_targets import BigramTarget
 
 WIDE = Budget(nodes=99, depth=9)
@@ -75,7 +76,13 @@ class TinyHead(nn.Module):
         self.fc, self.qkv, self.out = nn.Linear(2 * D, D), nn.Linear(D, 3 * D), nn.Linear(D, D)
 
     def forward(
-        self, embeddings: Tensor, hidden_states: Tensor, *, position_ids: Tensor, attention_mask: Tensor, cache: RowCache
+        self,
+        embeddings: Tensor,
+        hidden_states: Tensor,
+        *,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        cache: RowCache,
     ) -> Tensor:
         x = self.fc(torch.cat((embeddings, hidden_states), dim=-1))
         angle = position_ids[..., None] * torch.arange(1, D + 1) / 7
@@ -149,14 +156,22 @@ def test_an_eagle_head_without_the_targets_states_says_so() -> None:
         EagleCase().drafter(BestNodes()).propose(torch.tensor([1, 2, 3]), WIDE)
 
 
+class EagleTarget(BigramTarget):
+    """Its hidden states are embeddings of the case."""
+
+    def __init__(self, embedding: Tensor) -> None:
+        super().__init__(torch.randn(V, V))
+        self.embedding = embedding
+
+    def compute(self, tokens: Tensor, parents: Tensor) -> Step:
+        return Step(self.logits[tokens], self.embedding[tokens])
+
+
 def test_an_eagle_head_decodes_losslessly() -> None:
     case = EagleCase()
-    target = BigramTarget(torch.randn(V, V))
-    drafter = EagleDrafter(
-        case.head, embed=lambda t: case.embedding[t], logits=lambda x: x @ case.unembedding.T, vocab_size=V
-    )
-    target.compute = lambda tokens, parents: type(target).compute(target, tokens, parents).__class__(  # type: ignore[method-assign]
-        target.logits[tokens], case.embedding[tokens]
-    )
+    target = EagleTarget(case.embedding)
     settings = Settings(max_new_tokens=20, check_lossless=True)
-    assert speculative_generate(target, drafter, torch.tensor([1, 2, 3]), settings).difference is None
+    drafter = case.drafter(BestNodes(top_k=3, depth=3, size=12))
+    decoded = speculative_generate(target, drafter, torch.tensor([1, 2, 3]), settings)
+    assert decoded.difference is None
+    assert decoded.statistics.largest_tree == 12

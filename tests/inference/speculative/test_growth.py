@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blockffn.inference.speculative.growth import BestNodes, Budget, DrawnNodes, draw, fit_widths, grow
+from blockffn.inference.speculative.growth import BestNodes, Budget, DrawnNodes, Expand, draw, fit_widths, grow
 from blockffn.inference.speculative.tree import DraftTree
 
 
-def bigram_expand(table: Tensor, root: int = 0):  # noqa: ANN201
+def bigram_expand(table: Tensor, root: int = 0) -> Expand:
     """Distributions behind nodes, of a table `[V, V]` of log-probabilities."""
 
     def expand(tree: DraftTree, nodes: list[int]) -> Tensor:

@@ -202,7 +202,7 @@ def _check(target: Target, prompt: Tensor, settings: Settings) -> None:
     if len(prompt) + settings.max_new_tokens - 1 > target.capacity:
         raise ValueError(
             f"{len(prompt)} prompt tokens and {settings.max_new_tokens} new ones do not fit into a cache of "
-            f"{target.capacity}; ask for at most {max(target.capacity - len(prompt) + 1, 0)} new tokens or make it larger"
+            f"{target.capacity}; ask for at most {max(target.capacity - len(prompt) + 1, 0)} new tokens or enlarge it"
         )
 
 

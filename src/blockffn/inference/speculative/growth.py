@@ -1,6 +1,6 @@
 """How a draft model's tree grows: the most probable nodes as in EAGLE-2, or nodes drawn at random.
 
-Both ask an `Expand` for the distributions behind some nodes, a level at a time, and know nothing of the model behind it.
+Both ask an `Expand` for the distributions behind some nodes, a level at a time, and know no model.
 """
 
 from __future__ import annotations

@@ -41,7 +41,9 @@ class SpeculationStatistics:
     sparse_layers: int = 0
     tried: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("prefill", "draft", "target", "accept"), 0.0))
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("prefill", "draft", "target", "accept"), 0.0)
+    )
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:

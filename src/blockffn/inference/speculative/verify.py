@@ -56,7 +56,8 @@ def verify_sampling(
         logits: `[N + 1, V]`; row 0 is the root's, row `i + 1` node `i`'s.
         probabilities: applied to the rows that are visited.
     """
-    node, path = ROOT, []
+    node = ROOT
+    path: list[int] = []
     while True:
         p = probabilities(logits[node + 1]).float().cpu()
         children = tree.children(node)

@@ -43,7 +43,13 @@ class EagleHead(Protocol):
     """The head's network."""
 
     def __call__(
-        self, embeddings: Tensor, hidden_states: Tensor, *, position_ids: Tensor, attention_mask: Tensor, cache: RowCache
+        self,
+        embeddings: Tensor,
+        hidden_states: Tensor,
+        *,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        cache: RowCache,
     ) -> Tensor:
         """`[1, T, D]` each to `[1, T, D]`, behind the rows of the cache, which it appends to.
 
