@@ -29,14 +29,17 @@ class AcceptanceEstimate:
 
     def __init__(self, *, prior: float = 8.0) -> None:
         self._prior = prior
-        self._tried = [[0.0] * (len(BIN_EDGES) + 1) for _ in range(MAX_DEPTH)]
-        self._accepted = [[0.0] * (len(BIN_EDGES) + 1) for _ in range(MAX_DEPTH)]
+        # By depth and bin; row 0 holds all depths together.
+        self._tried = [[0.0] * (len(BIN_EDGES) + 1) for _ in range(MAX_DEPTH + 1)]
+        self._accepted = [[0.0] * (len(BIN_EDGES) + 1) for _ in range(MAX_DEPTH + 1)]
 
     def probability(self, draft_probability: float, depth: int) -> float:
-        bin_, level = self._place(draft_probability, depth)
-        tried, accepted = (sum(row[bin_] for row in table) for table in (self._tried, self._accepted))
-        pooled = (self._prior * draft_probability + accepted) / (self._prior + tried)
-        return (self._prior * pooled + self._accepted[level][bin_]) / (self._prior + self._tried[level][bin_])
+        bin_ = bisect.bisect(BIN_EDGES, draft_probability)
+        probability = draft_probability
+        for level in (0, min(depth, MAX_DEPTH)):
+            tried, accepted = self._tried[level][bin_], self._accepted[level][bin_]
+            probability = (self._prior * probability + accepted) / (self._prior + tried)
+        return probability
 
     def reach(self, tree: DraftTree) -> list[float]:
         """Probability of each node that its whole path is accepted. Siblings exclude each other: they share one."""
@@ -55,13 +58,10 @@ class AcceptanceEstimate:
         on_path = {ROOT, *verdict.path}
         for node, parent in enumerate(tree.parent_list):
             if parent in on_path:
-                bin_, level = self._place(probabilities[node], depths[node])
-                self._tried[level][bin_] = self._tried[level][bin_] * FORGET_ACCEPTANCE + 1
-                self._accepted[level][bin_] = self._accepted[level][bin_] * FORGET_ACCEPTANCE + (node in on_path)
-
-    @staticmethod
-    def _place(draft_probability: float, depth: int) -> tuple[int, int]:
-        return bisect.bisect(BIN_EDGES, draft_probability), min(depth, MAX_DEPTH) - 1
+                bin_ = bisect.bisect(BIN_EDGES, probabilities[node])
+                for level in (0, min(depths[node], MAX_DEPTH)):
+                    self._tried[level][bin_] = self._tried[level][bin_] * FORGET_ACCEPTANCE + 1
+                    self._accepted[level][bin_] = self._accepted[level][bin_] * FORGET_ACCEPTANCE + (node in on_path)
 
 
 class UnionEstimate:

@@ -18,6 +18,7 @@ from blockffn.inference.speculative.verify import Verdict
 from blockffn.inference.target import Step
 
 FORGET_RATE = 0.995
+HOPELESS = 0.25  # of the rate: what a node must promise per millisecond for growth to go on
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def choose_nodes(
     while frontier:
         after = {b: prices.milliseconds(len(order) + 2, log_used + b) for b in {brings[node] for node in frontier}}
         node = max(frontier, key=lambda n: reach[n] / max(after[brings[n]] - now, 1e-9))
+        if rate is not None and reach[node] < HOPELESS * rate * (after[brings[node]] - now):
+            break
         frontier.remove(node)
         frontier += children.get(node, ())
         order.append(node)
