@@ -20,7 +20,7 @@ from tests.inference.speculative.stub_targets import BigramTarget, OracleDrafter
 PROMPT = torch.tensor([3, 1, 4, 1, 5])
 
 
-def softmax(logits: Tensor) -> Tensor:
+def softmax(logits: Tensor, history: Tensor) -> Tensor:
     return logits.softmax(dim=-1)
 
 
@@ -63,6 +63,22 @@ def test_sampling_with_a_seed_is_the_plain_loops_too_where_trees_are_without_cha
     plain = plain_generate(bigram, PROMPT, settings)
     drafter = drafters(bigram, [*PROMPT.tolist(), *plain.tokens])[name]
     assert speculative_generate(bigram, drafter, PROMPT, settings).tokens == plain.tokens
+
+
+def never_again(logits: Tensor, history: Tensor) -> Tensor:
+    """Sampling among the tokens that have not occurred in the last eight."""
+    return logits.index_fill(0, history[-8:], -torch.inf).softmax(dim=-1)
+
+
+@pytest.mark.parametrize("name", ["always right", "sometimes right", "model"])
+def test_probabilities_that_depend_on_the_text_see_the_path_as_text(name: str, bigram: BigramTarget) -> None:
+    settings = Settings(max_new_tokens=30, probabilities=never_again, check_lossless=True)
+    plain = plain_generate(bigram, PROMPT, settings).tokens
+    assert all(token not in plain[max(i - 8, 0) : i] for i, token in enumerate(plain))
+    drafter = drafters(bigram, [*PROMPT.tolist(), *plain])[name]
+    decoded = speculative_generate(bigram, drafter, PROMPT, settings)
+    assert decoded.difference is None
+    assert decoded.statistics.verifications < 29
 
 
 @pytest.mark.parametrize("tree", [BestNodes(top_k=2, depth=3, size=6), BestNodes(top_k=1, depth=3, size=3)])

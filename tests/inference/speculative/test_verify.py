@@ -14,6 +14,7 @@ from blockffn.inference.speculative.tree import DraftTree, chain, no_tree
 from blockffn.inference.speculative.verify import verify_greedy, verify_sampling
 
 V = 5
+ROOT = torch.tensor([0])
 TARGET = torch.tensor([[0.1, 0.4, 0.2, 0.2, 0.1], [0.5, 0.1, 0.1, 0.2, 0.1], [0.05, 0.05, 0.6, 0.2, 0.1],
                        [0.3, 0.3, 0.2, 0.1, 0.1], [0.2, 0.2, 0.2, 0.2, 0.2]])  # fmt: skip
 
@@ -50,7 +51,9 @@ def test_of_equal_siblings_the_one_that_goes_on_wins() -> None:
 def test_a_tree_without_chance_gives_the_tokens_of_plain_sampling_with_the_same_seed() -> None:
     tree = DraftTree(torch.tensor([1, 2, 0, 3]), torch.tensor([-1, -1, 0, 1]), torch.zeros(4))
     for seed in range(50):
-        verdict = verify_sampling(tree, logits_for(tree), softmax, generator=torch.Generator().manual_seed(seed))
+        verdict = verify_sampling(
+            tree, logits_for(tree), softmax, context=ROOT, generator=torch.Generator().manual_seed(seed)
+        )
         generator = torch.Generator().manual_seed(seed)
         token, plain = 0, []
         for _ in range(len(verdict.path) + 1):
@@ -59,11 +62,11 @@ def test_a_tree_without_chance_gives_the_tokens_of_plain_sampling_with_the_same_
         assert [*tree.tokens[verdict.path].tolist(), verdict.bonus] == plain
 
 
-def softmax(logits: Tensor) -> Tensor:
+def softmax(logits: Tensor, history: Tensor) -> Tensor:
     return logits.softmax(dim=-1)
 
 
-def sharp(logits: Tensor) -> Tensor:
+def sharp(logits: Tensor, history: Tensor) -> Tensor:
     """Temperature 0.7, then top-k 3, then top-p 0.9."""
     p = (logits / 0.7).softmax(dim=-1)
     values, order = p.sort(descending=True)
@@ -93,7 +96,7 @@ CASES = [(draft, growth, softmax) for draft in ("good", "bad", "reduced") for gr
 @pytest.mark.slow
 @pytest.mark.parametrize(("draft", "growth", "probabilities"), CASES)
 def test_two_tokens_are_distributed_as_by_plain_sampling(
-    draft: str, growth: str, probabilities: Callable[[Tensor], Tensor]
+    draft: str, growth: str, probabilities: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     """Chi-square over all pairs; where a verification gives one token, plain sampling adds the second."""
     token_ids = torch.tensor([0, 2, 4]) if draft == "reduced" else None
@@ -103,10 +106,10 @@ def test_two_tokens_are_distributed_as_by_plain_sampling(
     def expand(tree: DraftTree, nodes: list[int]) -> Tensor:
         return DRAFTS[draft][[0 if node == -1 else int(tree.tokens[node]) for node in nodes]]
 
-    plain = torch.stack([probabilities(row) for row in TARGET.log()])
+    plain = torch.stack([probabilities(row, ROOT) for row in TARGET.log()])
     for _ in range(trials):
         tree = GROWTHS[growth](expand, Budget(99, 9), vocab_size=V, token_ids=token_ids, generator=generator)
-        verdict = verify_sampling(tree, logits_for(tree), probabilities, generator=generator)
+        verdict = verify_sampling(tree, logits_for(tree), probabilities, context=ROOT, generator=generator)
         tokens = [*tree.tokens[verdict.path].tolist(), verdict.bonus]
         if len(tokens) == 1:
             tokens.append(int(torch.multinomial(plain[tokens[0]], 1, generator=generator)))
@@ -128,4 +131,4 @@ def test_a_draft_that_equals_the_target_is_always_accepted() -> None:
             lambda tree, nodes: TARGET.log()[[0 if n == -1 else int(tree.tokens[n]) for n in nodes]],
             Budget(9, 9), vocab_size=V, generator=generator,
         )  # fmt: skip
-        assert len(verify_sampling(tree, logits_for(tree), softmax, generator=generator).path) == 3
+        assert len(verify_sampling(tree, logits_for(tree), softmax, context=ROOT, generator=generator).path) == 3

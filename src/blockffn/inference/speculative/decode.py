@@ -39,7 +39,7 @@ class Settings:
     Attributes:
         max_new_tokens: exactly so many, unless an end token comes first.
         end_tokens: the text ends with the first of these.
-        probabilities: logits `[V]` to probabilities `[V]` for sampling; `None` is greedy.
+        probabilities: logits `[V]` and the text `[N]` so far to probabilities `[V]` for sampling; `None` is greedy.
         seed: of sampling.
         max_nodes, max_depth: of a draft tree.
         check_lossless: decode plainly as well and compare.
@@ -104,7 +104,7 @@ def speculative_generate(
     with text.statistics.time("prefill"):
         logits, hidden = _prefill(target, prompt)
         drafter.observe(prompt, hidden)
-        text.take([_next(logits, settings, text.generator)])
+        text.take([text.verdict(no_tree(), logits[None]).bonus])
     while text.reason is None:
         with text.statistics.time("draft"):
             tree = drafter.propose(text.context, text.budget())
@@ -114,7 +114,7 @@ def speculative_generate(
         with text.statistics.time("target"):
             step = target.extend(tokens, parents)
         with text.statistics.time("accept"):
-            verdict = _verify(tree, step.logits, settings, text.generator)
+            verdict = text.verdict(tree, step.logits)
             text.statistics.count(tree, verdict, step)
             taken = text.take([*tree.tokens[verdict.path].tolist(), verdict.bonus])
             kept = torch.tensor([0, *(node + 1 for node in verdict.path)])[:taken]
@@ -143,16 +143,16 @@ def _plain(
     text = _Text(target, prompt, settings, on_tokens)
     with text.statistics.time("prefill"):
         logits_of = [_prefill(target, prompt)[0]]
-        text.take([_next(logits_of[-1], settings, text.generator)])
+        text.take([text.verdict(no_tree(), logits_of[-1][None]).bonus])
     while text.reason is None:
         with text.statistics.time("target"):
             step = target.extend(text.context[-1:])
         with text.statistics.time("accept"):
             target.commit(torch.tensor([0]))
             logits_of.append(step.logits[0])
-            token = _next(step.logits[0], settings, text.generator)
-            text.statistics.count(no_tree(), Verdict([], token), step)
-            text.take([token])
+            verdict = text.verdict(no_tree(), step.logits)
+            text.statistics.count(no_tree(), verdict, step)
+            text.take([verdict.bonus])
     return Decoded(text.new, text.reason, text.statistics), logits_of
 
 
@@ -166,7 +166,7 @@ class _Text:
         self.new: list[int] = []
         self.reason: str | None = None
         self.statistics = SpeculationStatistics(prompt_tokens=len(prompt))
-        self.generator = torch.Generator().manual_seed(settings.seed)
+        self._generator = torch.Generator().manual_seed(settings.seed)
         target.reset()
 
     def budget(self) -> Budget:
@@ -175,6 +175,13 @@ class _Text:
         room = self._target.capacity - self._target.length - 1
         depth = min(self._settings.max_depth, left)
         return Budget(nodes=min(self._settings.max_nodes, room) if depth > 0 else 0, depth=depth)
+
+    def verdict(self, tree: DraftTree, logits: Tensor) -> Verdict:
+        if self._settings.probabilities is None:
+            return verify_greedy(tree, logits)
+        return verify_sampling(
+            tree, logits, self._settings.probabilities, context=self.context, generator=self._generator
+        )
 
     def take(self, tokens: list[int]) -> int:
         """Add tokens up to an end token or the limit; returns how many."""
@@ -214,13 +221,3 @@ def _prefill(target: Target, prompt: Tensor) -> tuple[Tensor, Tensor]:
         target.commit(torch.arange(len(chunk)))
         hidden.append(step.hidden)
     return step.logits[-1], torch.cat(hidden)
-
-
-def _next(logits: Tensor, settings: Settings, generator: torch.Generator) -> int:
-    return _verify(no_tree(), logits[None], settings, generator).bonus
-
-
-def _verify(tree: DraftTree, logits: Tensor, settings: Settings, generator: torch.Generator) -> Verdict:
-    if settings.probabilities is None:
-        return verify_greedy(tree, logits)
-    return verify_sampling(tree, logits, settings.probabilities, generator=generator)

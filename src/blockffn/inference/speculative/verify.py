@@ -14,8 +14,8 @@ from torch import Tensor
 
 from blockffn.inference.speculative.tree import ROOT, DraftTree
 
-Probabilities = Callable[[Tensor], Tensor]
-"""Logits `[V]` to probabilities `[V]`: temperature, top-k, top-p and whatever else shapes them."""
+Probabilities = Callable[[Tensor, Tensor], Tensor]
+"""Logits `[V]` and all tokens before `[N]` to probabilities `[V]`: penalties, temperature, top-k, top-p and so on."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,12 @@ def verify_greedy(tree: DraftTree, logits: Tensor) -> Verdict:
 
 
 def verify_sampling(
-    tree: DraftTree, logits: Tensor, probabilities: Probabilities, *, generator: torch.Generator | None = None
+    tree: DraftTree,
+    logits: Tensor,
+    probabilities: Probabilities,
+    *,
+    context: Tensor,
+    generator: torch.Generator | None = None,
 ) -> Verdict:
     """Tokens distributed as if each had been sampled from the target.
 
@@ -55,11 +60,12 @@ def verify_sampling(
     Args:
         logits: `[N + 1, V]`; row 0 is the root's, row `i + 1` node `i`'s.
         probabilities: applied to the rows that are visited.
+        context: tokens `[N]` up to the root.
     """
     node = ROOT
     path: list[int] = []
     while True:
-        p = probabilities(logits[node + 1]).float().cpu()
+        p = probabilities(logits[node + 1], torch.cat((context, tree.tokens[path]))).float().cpu()
         children = tree.children(node)
         if tree.distributions is None:
             token = _sample(p, generator)
