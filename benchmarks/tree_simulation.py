@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from blockffn.inference.speculative.cost import CostModel, Measurement, fit
+from blockffn.inference.speculative.growth import Budget
 from blockffn.inference.speculative.shaping import CostAwareShaper
 from blockffn.inference.speculative.tree import ROOT, DraftTree
 from blockffn.inference.speculative.verify import Verdict
@@ -200,6 +201,7 @@ def cost_aware(regime: Regime, rounds: list[Round], guessed: CostModel) -> dict[
     shaper = CostAwareShaper(guessed, num_experts=regime.num_experts)
     results = []
     for round_ in rounds:
+        shaper.budget(Budget(POOL, DEPTH))
         nodes = shaper.shape(round_.tree).tokens.tolist()  # a node's token is its index
         expected, path = outcome(round_, nodes)
         spent, union, active = milliseconds(regime, round_, nodes)

@@ -12,7 +12,7 @@ from blockffn.inference.speculative.decode import Settings, plain_generate, spec
 from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.drafters.ngram import NgramDrafter
-from blockffn.inference.speculative.growth import BestNodes, DrawnNodes
+from blockffn.inference.speculative.growth import BestNodes, Budget, DrawnNodes
 from blockffn.inference.speculative.tree import DraftTree
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from tests.inference.speculative.stub_targets import BigramTarget, OracleDrafter, RecomputingTarget
@@ -219,6 +219,9 @@ class HalfShaper:
 
     def __init__(self) -> None:
         self.observed = 0
+
+    def budget(self, most: Budget) -> Budget:
+        return most
 
     def shape(self, tree: DraftTree) -> DraftTree:
         return tree.best(len(tree) // 2)

@@ -25,7 +25,9 @@ PREFILL_CHUNK = 512
 
 
 class Shaper(Protocol):
-    """Cuts a drafted tree to what pays, and learns from what was accepted."""
+    """Says how much to draft, cuts the tree to what pays, and learns from what was accepted."""
+
+    def budget(self, most: Budget) -> Budget: ...
 
     def shape(self, tree: DraftTree) -> DraftTree: ...
 
@@ -107,7 +109,8 @@ def speculative_generate(
         text.take([text.verdict(no_tree(), logits[None]).bonus])
     while text.reason is None:
         with text.statistics.time("draft"):
-            tree = drafter.propose(text.context, text.budget())
+            budget = text.budget() if shaper is None else shaper.budget(text.budget())
+            tree = drafter.propose(text.context, budget)
             if shaper is not None and len(tree):
                 tree = shaper.shape(tree)
         tokens, parents = tree.behind(int(text.context[-1]))
