@@ -15,9 +15,11 @@ from blockffn.inference.speculative.tree import ROOT, DraftTree
 from blockffn.inference.speculative.verify import Verdict
 
 BIN_EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)
-MAX_DEPTH = 8
+MAX_DEPTH = 8  # deeper levels count as this one
+UNION_DEPTH = 3  # the same for what a node brings
 FORGET_ACCEPTANCE = 0.9995
-FORGET_UNION = 0.995
+FORGET_UNION = 0.997
+POOLS = (0.2, 0.3, 0.4, 0.55, 0.75, 1.0)  # sizes, as shares of all experts
 
 
 class AcceptanceEstimate:
@@ -67,9 +69,11 @@ class AcceptanceEstimate:
 class UnionEstimate:
     """Experts that the root and some nodes use together, of `num_experts` in all layers.
 
-    A node uses a share of the experts that are still unused, which depends on its depth and on whether it is a first
-    child: what remains unused is a product, so its logarithm is a sum over nodes, with one coefficient a kind of node.
-    The coefficients follow by recursive least squares; the root's own experts are as many as the last accepted token's.
+    A passage of text draws on a pool of experts. A node uses a share of the pool's experts that are still unused, which
+    depends on its depth and on whether it is a first child: what remains unused is a product, so its logarithm is a sum
+    over nodes, with one coefficient a kind of node. Pools of several sizes are followed side by side, each with
+    coefficients by recursive least squares; the one that predicted best lately speaks. The root's own experts are as
+    many as the last accepted token's.
 
     Args:
         share: of the experts that a token uses, before anything is observed. novelty: of those, that a node adds.
@@ -79,21 +83,25 @@ class UnionEstimate:
         self.num_experts = num_experts
         self.active = share * num_experts
         self._root = self.active
-        kinds = 2 * MAX_DEPTH
-        self._coefficients = torch.full((kinds,), -math.log1p(-share * novelty), dtype=torch.float64)
-        self._covariance = torch.eye(kinds, dtype=torch.float64)
+        kinds = 2 * UNION_DEPTH
+        self._pools = torch.tensor(POOLS, dtype=torch.float64) * num_experts
+        self._coefficients = self._log_of(share * novelty * num_experts)[:, None].repeat(1, kinds)
+        self._covariances = torch.eye(kinds, dtype=torch.float64).repeat(len(POOLS), 1, 1)
+        # The largest pool speaks until another has been seen to be better.
+        self._errors = torch.linspace(1e-4, 0, len(POOLS), dtype=torch.float64)
+        self._best = len(POOLS) - 1
 
     def start(self) -> float:
         """The logarithm of the root alone, as `union` takes it."""
-        return self._log_of(self._root)
+        return float(self._log_of(self._root)[self._best])
 
     def brings(self, tree: DraftTree) -> list[float]:
         """What each node adds to the logarithm."""
-        return self._coefficients[self._kinds(tree)].tolist()
+        return self._coefficients[self._best][self._kinds(tree)].tolist()
 
     def union(self, log_used: float) -> float:
         """Experts in the union, from the root's logarithm and the sum of what the nodes bring."""
-        return self.num_experts * -math.expm1(-log_used)
+        return POOLS[self._best] * self.num_experts * -math.expm1(-log_used)
 
     def observe(self, tree: DraftTree, *, union: int, active: list[int], last: int) -> None:
         """Learn from a verification.
@@ -103,20 +111,24 @@ class UnionEstimate:
             last: row of the last accepted token, 0 for the root.
         """
         if len(tree):
-            counts = self._kinds(tree).bincount(minlength=len(self._coefficients)).double()
-            target = self._log_of(union) - self._log_of(active[0])
-            spread = self._covariance @ counts
-            gain = spread / (FORGET_UNION + 0.05 * len(tree) + counts @ spread)
-            self._coefficients += gain * (target - counts @ self._coefficients)
-            self._coefficients.clamp_(min=1e-5)
-            self._covariance = (self._covariance - torch.outer(gain, spread)) / FORGET_UNION
-            self._covariance.diagonal().clamp_(max=1.0)
+            counts = self._kinds(tree).bincount(minlength=2 * UNION_DEPTH).double()
+            root = self._log_of(active[0])
+            predicted = self._pools * -torch.expm1(-root - self._coefficients @ counts)
+            self._errors = FORGET_UNION * self._errors + ((predicted - union) / self.num_experts).square()
+            self._best = int(self._errors.argmin())
+            spread = self._covariances @ counts
+            gain = spread / (FORGET_UNION + 0.05 * len(tree) + spread @ counts)[:, None]
+            missed = self._log_of(union) - root - self._coefficients @ counts
+            self._coefficients = (self._coefficients + gain * missed[:, None]).clamp_min(1e-5)
+            self._covariances = (self._covariances - gain[:, :, None] * spread[:, None, :]) / FORGET_UNION
+            self._covariances.diagonal(dim1=1, dim2=2).clamp_(max=1.0)
         self.active += 0.05 * (sum(active) / len(active) - self.active)
         self._root = active[last]
 
-    def _log_of(self, used: float) -> float:
-        return -math.log1p(-min(used / self.num_experts, 0.999))
+    def _log_of(self, used: float) -> torch.Tensor:
+        """For each size of the pool."""
+        return -torch.log1p(-(used / self._pools).clamp(max=0.98))
 
     @staticmethod
     def _kinds(tree: DraftTree) -> torch.Tensor:
-        return 2 * (tree.depth.clamp(max=MAX_DEPTH) - 1) + (tree.rank > 0)
+        return 2 * (tree.depth.clamp(max=UNION_DEPTH) - 1) + (tree.rank > 0)

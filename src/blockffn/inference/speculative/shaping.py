@@ -18,9 +18,10 @@ from blockffn.inference.speculative.tree import ROOT, DraftTree
 from blockffn.inference.speculative.verify import Verdict
 from blockffn.inference.target import Step
 
-FORGET_RATE = 0.995
+FORGET_RATE = 0.998
 HOPELESS = 0.25  # of the rate: what a node must promise per millisecond for growth to go on
 LEARN_WORTH = 0.1
+FIRST_PROBES, LARGE = (2, 6, 12), 31  # rounds; nodes
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class CostAwareShaper:
         num_experts: int,
         overhead: float = 0.0,
         draft_level: float = 0.0,
-        probe_every: int = 50,
+        probe_every: int = 100,
     ) -> None:
         if num_experts < 1:
             raise ValueError(f"num_experts counts those of all layers, 1 for a dense model; got {num_experts}")
@@ -137,7 +138,8 @@ class CostAwareShaper:
         if rate is not None:
             self._learn_worth(tree, {n: reach[n] - rate * price for n, price in zip(choice.nodes, choice.prices)})
         if self._probing:
-            return tree.best(max(2 * len(choice.nodes), 4))
+            # At first large trees, because how a union saturates shows in them alone.
+            return tree.best(LARGE if self._rounds in FIRST_PROBES else max(2 * len(choice.nodes), 4))
         return tree.subtree(torch.tensor(choice.nodes, dtype=torch.int64))
 
     def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None:
@@ -154,7 +156,7 @@ class CostAwareShaper:
 
     @property
     def _probing(self) -> bool:
-        return self._rounds % self._probe_every == 0
+        return self._rounds % self._probe_every == 0 or self._rounds in FIRST_PROBES
 
     def _learn_worth(self, tree: DraftTree, net: dict[int, float]) -> None:
         depths = tree.depth.tolist()
