@@ -114,7 +114,9 @@ def test_levels_are_drafted_while_they_are_worth_their_drafting() -> None:
     cost = CostModel(10, 0.1, 0, 0)
     free = drafted(CostAwareShaper(cost, num_experts=1), draft_probability=0.5, rounds=80)
     dear = drafted(CostAwareShaper(cost, num_experts=1, draft_level=2.0), draft_probability=0.5, rounds=80)
-    ruinous = drafted(CostAwareShaper(cost, num_experts=1, draft_level=9.0), draft_probability=0.5, rounds=80)
+    ruinous = drafted(
+        CostAwareShaper(cost, num_experts=1, draft_level=9.0, probe_every=50), draft_probability=0.5, rounds=80
+    )
     assert set(free) == {6}
     assert 1 <= dear[-1] <= 3
     assert ruinous[-1] == 0
