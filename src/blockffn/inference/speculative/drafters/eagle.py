@@ -8,13 +8,17 @@ for it, without a norm. When the target's states arrive, they replace the guesse
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from blockffn.inference.speculative.growth import BestNodes, Budget, Growth
 from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
+
+if TYPE_CHECKING:
+    from blockffn.models.causal_lm import BlockFFNForCausalLM
+    from blockffn.models.draft import DraftModel
 
 
 class RowCache:
@@ -148,3 +152,27 @@ class EagleDrafter:
             attention_mask=mask.to(device, dtype)[None, None],
             cache=self._cache,
         )[0]
+
+
+def eagle_drafter(
+    draft: DraftModel,
+    model: BlockFFNForCausalLM,
+    *,
+    growth: Growth | None = None,
+    generator: torch.Generator | None = None,
+) -> EagleDrafter:
+    """The drafter of a draft model and its target, which lends its embedding and its head.
+
+    With a reduced vocabulary the rows of the head are copied once.
+    """
+    ids, config = draft.token_ids, model.config
+    head = model.lm_head.weight if ids is None else model.lm_head.weight[ids].detach()
+    return EagleDrafter(
+        draft,
+        embed=lambda tokens: model.model.embed_tokens(tokens) * config.scale_emb,
+        logits=lambda output: model.head_input(output) @ head.T,
+        vocab_size=config.vocab_size,
+        token_ids=ids,
+        growth=growth,
+        generator=generator,
+    )
