@@ -67,8 +67,8 @@ class DraftModel(nn.Module):
             hidden_states: `[B, T, D]`, the target's states of tokens 0 … T - 1 after its final norm, or the draft's own
                 output where the draft runs ahead.
             position_ids: `[B, T]`; default 0 … T - 1.
-            attention_mask: additive `[B, 1, T, S + T]` behind `S` cached tokens, such as a draft tree's; default: causal.
-                With a cache it must be given, and so must position_ids.
+            attention_mask: additive `[B, 1, T, S + T]` behind `S` cached tokens, such as a draft tree's; default:
+                causal. With a cache it must be given, and so must position_ids.
             cache: anything with `update(key, value, layer_idx)` that returns all keys and values so far.
 
         Returns:

@@ -14,6 +14,7 @@ from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.drafters.ngram import NgramDrafter
 from blockffn.inference.speculative.growth import BestNodes, Budget, DrawnNodes
 from blockffn.inference.speculative.tree import DraftTree
+from blockffn.inference.target import Step
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from tests.inference.speculative.stub_targets import BigramTarget, OracleDrafter, RecomputingTarget
 
@@ -212,6 +213,22 @@ def test_drawn_trees_are_neither_compared_nor_cut(bigram: BigramTarget) -> None:
         speculative_generate(bigram, drafter, PROMPT, settings)
     with pytest.raises(ValueError, match="cannot be cut"):
         speculative_generate(bigram, drafter, PROMPT, Settings(), shaper=HalfShaper())
+
+
+class PrefillingTarget(BigramTarget):
+    """Runs a prompt by itself and gives the logits of its last token alone."""
+
+    def prefill(self, tokens: Tensor) -> Step:
+        step = self.extend(tokens)
+        self.commit(torch.arange(len(tokens)))
+        return Step(step.logits[-1:], step.hidden)
+
+
+def test_a_target_may_run_the_prompt_in_its_own_way(bigram: BigramTarget) -> None:
+    settings = Settings(max_new_tokens=9)
+    target = PrefillingTarget(bigram.logits)
+    tokens = speculative_generate(target, NgramDrafter(), PROMPT, settings).tokens
+    assert tokens == plain_generate(bigram, PROMPT, settings).tokens
 
 
 class HalfShaper:

@@ -217,7 +217,14 @@ def _check(target: Target, prompt: Tensor, settings: Settings) -> None:
 
 
 def _prefill(target: Target, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Commit a prompt; logits `[V]` behind it and hidden states `[T, D]` of it."""
+    """Commit a prompt; logits `[V]` behind it and hidden states `[T, D]` of it.
+
+    A target with a `prefill` of its own, which leaves out the logits of all tokens but the last, does the work itself.
+    """
+    own = getattr(target, "prefill", None)
+    if own is not None:
+        step = own(prompt)
+        return step.logits[-1], step.hidden
     hidden = []
     for chunk in prompt.cpu().split(PREFILL_CHUNK):
         step = target.extend(chunk)
