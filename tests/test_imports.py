@@ -24,6 +24,7 @@ ALLOWED = {
     "checkpoints": BASE | {"ops", "metrics", "models"},
     "training": BASE | {"ops", "objectives", "metrics", "data", "models", "checkpoints", "evaluation"},
     "sparsify": BASE | {"ops", "metrics", "data", "models", "checkpoints"},
+    "inference": BASE | {"ops", "objectives", "metrics", "data", "models"},
     "evaluation": BASE | {"ops", "objectives", "metrics", "data", "models", "checkpoints", "training"},
     "experiments": BASE | {"reporting", "data", "training"},
 }

@@ -8,6 +8,8 @@ divided as the target divides.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +30,8 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GatedFFN(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos_sin, attention_mask=mask)[0]
+    def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos_sin, attention_mask=mask, cache=cache)[0]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -56,7 +58,7 @@ class DraftModel(nn.Module):
 
     def forward(
         self, embeddings: Tensor, hidden_states: Tensor, *, position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None, cache: Any = None,
     ) -> Tensor:  # fmt: skip
         """One causal pass.
 
@@ -65,7 +67,9 @@ class DraftModel(nn.Module):
             hidden_states: `[B, T, D]`, the target's states of tokens 0 … T - 1 after its final norm, or the draft's own
                 output where the draft runs ahead.
             position_ids: `[B, T]`; default 0 … T - 1.
-            attention_mask: additive `[B, 1, T, T]`, such as a draft tree's; default: causal.
+            attention_mask: additive `[B, 1, T, S + T]` behind `S` cached tokens, such as a draft tree's; default:
+                causal. With a cache it must be given, and so must position_ids.
+            cache: anything with `update(key, value, layer_idx)` that returns all keys and values so far.
 
         Returns:
             `[B, T, D]`: position t describes token t + 2. For logits: `logits(output, target's head)`.
@@ -78,7 +82,7 @@ class DraftModel(nn.Module):
             attention_mask = torch.full((T, T), -torch.inf, dtype=x.dtype, device=x.device).triu(1)[None, None]
         cos_sin = self.rotary_emb(x, position_ids=position_ids)
         for layer in self.layers:
-            x = layer(x, cos_sin, attention_mask)
+            x = layer(x, cos_sin, attention_mask, cache)
         return x
 
     def logits(self, output: Tensor, head_weight: Tensor) -> Tensor:

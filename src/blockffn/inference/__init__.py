@@ -1,0 +1,1 @@
+"""Decoding: models with a cache, and speculation over them."""

@@ -1,0 +1,133 @@
+"""What verifying some tokens costs, as a function of how many they are and of the experts that they use together.
+
+    milliseconds = fixed + per_token · T + max(per_expert · U, per_pair · P)
+
+`U` experts of the union are read from memory, `P` pairs of a token and an expert are computed, and the slower of the
+two decides; both are sums over layers. What every token adds (attention, head) is linear, what every call costs
+(reading attention and head, launches) is fixed. For a dense model `U` is 1 and `P` is `T`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blockffn.inference.target import Step, Target
+
+SIZES = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One call of a target: tokens, experts of the union, pairs (both summed over layers), and its time."""
+
+    tokens: int
+    union: int
+    pairs: int
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Coefficients in milliseconds; see the module."""
+
+    fixed: float
+    per_token: float
+    per_expert: float
+    per_pair: float
+
+    def milliseconds(self, tokens: float, union: float, pairs: float) -> float:
+        return self.fixed + self.per_token * tokens + max(self.per_expert * union, self.per_pair * pairs)
+
+
+def union_and_pairs(step: Step) -> tuple[int, int]:
+    """`U` and `P` of a call, as the cost model counts them."""
+    if step.union is None or step.active is None:
+        return 1, len(step.logits)
+    return int(step.union.sum()), int(step.active.sum())
+
+
+def fit(measurements: Sequence[Measurement]) -> CostModel:
+    """The non-negative coefficients of the least squared relative error.
+
+    Pairs over experts tells memory from compute: the fit tries every split of the measurements by it, with least
+    squares on each.
+
+    Raises:
+        ValueError: fewer than two measurements, or a time that is not positive.
+    """
+    if len(measurements) < 2:
+        raise ValueError(f"a cost model needs at least two measurements, got {len(measurements)}")
+    if min(m.milliseconds for m in measurements) <= 0:
+        raise ValueError("a measured time is not positive; the clock is too coarse for this model")
+    ordered = sorted(measurements, key=lambda m: m.pairs / max(m.union, 1))
+    candidates = []
+    for split in range(len(ordered) + 1):
+        rows = [(1, m.tokens, m.union if i < split else 0, m.pairs if i >= split else 0) for i, m in enumerate(ordered)]
+        times = torch.tensor([m.milliseconds for m in ordered], dtype=torch.float64)
+        a = torch.tensor(rows, dtype=torch.float64) / times[:, None]
+        candidates.append(CostModel(*_non_negative_least_squares(a, torch.ones_like(times))))
+    return min(candidates, key=lambda model: _relative_error(model, ordered))
+
+
+def _relative_error(model: CostModel, measurements: Sequence[Measurement]) -> float:
+    return sum((model.milliseconds(m.tokens, m.union, m.pairs) / m.milliseconds - 1) ** 2 for m in measurements)
+
+
+def _non_negative_least_squares(a: Tensor, b: Tensor) -> list[float]:
+    """Exact for few columns: the best of the least-squares solutions over every set of columns that is feasible."""
+    columns = a.shape[1]
+    best, best_error = [0.0] * columns, float(b.square().sum())
+    for count in range(1, columns + 1):
+        for chosen in itertools.combinations(range(columns), count):
+            part = a[:, chosen]
+            solution = torch.linalg.lstsq(part, b[:, None], driver="gelsd").solution[:, 0]
+            error = float((part @ solution - b).square().sum())
+            if (solution >= 0).all() and error < best_error * (1 - 1e-9):
+                best = [0.0] * columns
+                for column, value in zip(chosen, solution.tolist()):
+                    best[column] = value
+                best_error = error
+    return best
+
+
+def calibrate(
+    target: Target,
+    *,
+    context: int = 64,
+    sizes: Sequence[int] = SIZES,
+    rounds: int = 3,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> CostModel:
+    """Measure a target for its cost model, in `2 * rounds * len(sizes)` calls. The target is reset before and after.
+
+    Each size is called with different tokens, which use many experts, and with equal ones, which use few: so the cost
+    of an expert shows apart from that of a token. The first call of a size is not counted.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [size for size in sizes if size < target.capacity]
+    context = max(1, min(context, target.capacity - max(sizes, default=0)))
+    target.reset()
+    target.extend(torch.randint(target.vocab_size, (context,), generator=generator))
+    target.commit(torch.arange(context))
+    measurements = []
+    for size in sizes:
+        different = torch.randint(target.vocab_size, (size,), generator=generator)
+        for tokens in (different, different[:1].expand(size).contiguous()):
+            times = []
+            for _ in range(rounds + 1):
+                begin = clock()
+                step = target.extend(tokens, torch.full((size,), -1))
+                float(step.logits[-1, 0])  # waits for a device that works asynchronously
+                times.append(1000 * (clock() - begin))
+                target.commit(torch.empty(0, dtype=torch.int64))
+            measurements.append(Measurement(size, *union_and_pairs(step), statistics.median(times[1:])))
+    target.reset()
+    return fit(measurements)

@@ -1,0 +1,134 @@
+"""What a tree is worth and what it brings, learnt while decoding.
+
+`AcceptanceEstimate` corrects the draft's probabilities by what was accepted. `UnionEstimate` predicts how many experts
+the nodes of a tree use together. Both forget slowly, because texts change.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+
+import torch
+
+from blockffn.inference.speculative.tree import ROOT, DraftTree
+from blockffn.inference.speculative.verify import Verdict
+
+BIN_EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)
+MAX_DEPTH = 8  # deeper levels count as this one
+UNION_DEPTH = 3  # the same for what a node brings
+FORGET_ACCEPTANCE = 0.9995
+FORGET_UNION = 0.997
+POOLS = (0.2, 0.3, 0.4, 0.55, 0.75, 1.0)  # sizes, as shares of all experts
+
+
+class AcceptanceEstimate:
+    """Probability that a node is accepted where its parent was, from the draft's probability of it and its depth.
+
+    Rates are kept by bin of probability and by depth. A bin starts from the draft's own probability, a depth from its
+    bin's rate over all depths; `prior` observations each must speak against that before it counts half.
+    """
+
+    def __init__(self, *, prior: float = 8.0) -> None:
+        self._prior = prior
+        # By depth and bin; row 0 holds all depths together.
+        self._tried = [[0.0] * (len(BIN_EDGES) + 1) for _ in range(MAX_DEPTH + 1)]
+        self._accepted = [[0.0] * (len(BIN_EDGES) + 1) for _ in range(MAX_DEPTH + 1)]
+
+    def probability(self, draft_probability: float, depth: int) -> float:
+        bin_ = bisect.bisect(BIN_EDGES, draft_probability)
+        probability = draft_probability
+        for level in (0, min(depth, MAX_DEPTH)):
+            tried, accepted = self._tried[level][bin_], self._accepted[level][bin_]
+            probability = (self._prior * probability + accepted) / (self._prior + tried)
+        return probability
+
+    def reach(self, tree: DraftTree) -> list[float]:
+        """Probability of each node that its whole path is accepted. Siblings exclude each other: they share one."""
+        own = [self.probability(math.exp(q), d) for q, d in zip(tree.log_probs.tolist(), tree.depth.tolist())]
+        totals: dict[int, float] = {}
+        for node, parent in enumerate(tree.parent_list):
+            totals[parent] = totals.get(parent, 0.0) + own[node]
+        reach: list[float] = []
+        for node, parent in enumerate(tree.parent_list):
+            reach.append(own[node] / max(totals[parent], 1.0) * (1.0 if parent == ROOT else reach[parent]))
+        return reach
+
+    def observe(self, tree: DraftTree, verdict: Verdict) -> None:
+        """Learn from the children of every accepted node, and of the root."""
+        probabilities, depths = tree.log_probs.exp().tolist(), tree.depth.tolist()
+        on_path = {ROOT, *verdict.path}
+        for node, parent in enumerate(tree.parent_list):
+            if parent in on_path:
+                bin_ = bisect.bisect(BIN_EDGES, probabilities[node])
+                for level in (0, min(depths[node], MAX_DEPTH)):
+                    self._tried[level][bin_] = self._tried[level][bin_] * FORGET_ACCEPTANCE + 1
+                    self._accepted[level][bin_] = self._accepted[level][bin_] * FORGET_ACCEPTANCE + (node in on_path)
+
+
+class UnionEstimate:
+    """Experts that the root and some nodes use together, of `num_experts` in all layers.
+
+    A passage of text draws on a pool of experts. A node uses a share of the pool's experts that are still unused, which
+    depends on its depth and on whether it is a first child: what remains unused is a product, so its logarithm is a sum
+    over nodes, with one coefficient a kind of node. Pools of several sizes are followed side by side, each with
+    coefficients by recursive least squares; the one that predicted best lately speaks. The root's own experts are as
+    many as the last accepted token's.
+
+    Args:
+        share: of the experts that a token uses, before anything is observed. novelty: of those, that a node adds.
+    """
+
+    def __init__(self, num_experts: int, *, share: float = 0.15, novelty: float = 0.4) -> None:
+        self.num_experts = num_experts
+        self.active = share * num_experts
+        self._root = self.active
+        kinds = 2 * UNION_DEPTH
+        self._pools = torch.tensor(POOLS, dtype=torch.float64) * num_experts
+        self._coefficients = self._log_of(share * novelty * num_experts)[:, None].repeat(1, kinds)
+        self._covariances = torch.eye(kinds, dtype=torch.float64).repeat(len(POOLS), 1, 1)
+        # The largest pool speaks until another has been seen to be better.
+        self._errors = torch.linspace(1e-4, 0, len(POOLS), dtype=torch.float64)
+        self._best = len(POOLS) - 1
+
+    def start(self) -> float:
+        """The logarithm of the root alone, as `union` takes it."""
+        return float(self._log_of(self._root)[self._best])
+
+    def brings(self, tree: DraftTree) -> list[float]:
+        """What each node adds to the logarithm."""
+        return self._coefficients[self._best][self._kinds(tree)].tolist()
+
+    def union(self, log_used: float) -> float:
+        """Experts in the union, from the root's logarithm and the sum of what the nodes bring."""
+        return POOLS[self._best] * self.num_experts * -math.expm1(-log_used)
+
+    def observe(self, tree: DraftTree, *, union: int, active: list[int], last: int) -> None:
+        """Learn from a verification.
+
+        Args:
+            union: experts that root and nodes used together. active: experts of the root and of each node.
+            last: row of the last accepted token, 0 for the root.
+        """
+        if len(tree):
+            counts = self._kinds(tree).bincount(minlength=2 * UNION_DEPTH).double()
+            root = self._log_of(active[0])
+            predicted = self._pools * -torch.expm1(-root - self._coefficients @ counts)
+            self._errors = FORGET_UNION * self._errors + ((predicted - union) / self.num_experts).square()
+            self._best = int(self._errors.argmin())
+            spread = self._covariances @ counts
+            gain = spread / (FORGET_UNION + 0.05 * len(tree) + spread @ counts)[:, None]
+            missed = self._log_of(union) - root - self._coefficients @ counts
+            self._coefficients = (self._coefficients + gain * missed[:, None]).clamp_min(1e-5)
+            self._covariances = (self._covariances - gain[:, :, None] * spread[:, None, :]) / FORGET_UNION
+            self._covariances.diagonal(dim1=1, dim2=2).clamp_(max=1.0)
+        self.active += 0.05 * (sum(active) / len(active) - self.active)
+        self._root = active[last]
+
+    def _log_of(self, used: float) -> torch.Tensor:
+        """For each size of the pool."""
+        return -torch.log1p(-(used / self._pools).clamp(max=0.98))
+
+    @staticmethod
+    def _kinds(tree: DraftTree) -> torch.Tensor:
+        return 2 * (tree.depth.clamp(max=UNION_DEPTH) - 1) + (tree.rank > 0)

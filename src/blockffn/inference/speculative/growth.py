@@ -1,0 +1,177 @@
+"""How a draft model's tree grows: the most probable nodes as in EAGLE-2, or nodes drawn at random.
+
+Both ask an `Expand` for the distributions behind some nodes, a level at a time, and know no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
+
+Expand = Callable[[DraftTree, list[int]], Tensor]
+"""Given the tree so far and nodes of it (or -1), their children's log-probabilities `[K, V']` (float32)."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a tree may have: so many nodes, so many levels."""
+
+    nodes: int
+    depth: int
+
+
+class Growth(Protocol):
+    """A way to make a tree from distributions. `deterministic`: without chance, so that the tree may be cut."""
+
+    deterministic: ClassVar[bool]
+
+    def __call__(
+        self,
+        expand: Expand,
+        budget: Budget,
+        *,
+        vocab_size: int,
+        token_ids: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> DraftTree: ...
+
+
+@dataclass(frozen=True)
+class BestNodes:
+    """EAGLE-2's tree; the defaults are those of the published engine (its 32 nodes count the root)."""
+
+    top_k: int = 10
+    depth: int = 3
+    size: int = 31
+    deterministic: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        expand: Expand,
+        budget: Budget,
+        *,
+        vocab_size: int,
+        token_ids: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> DraftTree:
+        depth, size = min(self.depth, budget.depth), min(self.size, budget.nodes)
+        return grow(expand, top_k=self.top_k, depth=depth, size=size, token_ids=token_ids)
+
+
+@dataclass(frozen=True)
+class DrawnNodes:
+    """A tree drawn from the draft's distribution; `widths[i]` children for every node of level `i`."""
+
+    widths: tuple[int, ...] = (3, 2, 1, 1)
+    deterministic: ClassVar[bool] = False
+
+    def __call__(
+        self,
+        expand: Expand,
+        budget: Budget,
+        *,
+        vocab_size: int,
+        token_ids: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> DraftTree:
+        widths = fit_widths(self.widths, nodes=budget.nodes, depth=budget.depth)
+        return draw(expand, widths=widths, vocab_size=vocab_size, token_ids=token_ids, generator=generator)
+
+
+def grow(expand: Expand, *, top_k: int, depth: int, size: int, token_ids: Tensor | None = None) -> DraftTree:
+    """Grow a tree as EAGLE-2 does.
+
+    Args:
+        expand: called once a level, with the best `top_k` nodes of the level before; first with the root.
+        top_k: children of an expanded node, and nodes expanded in a level.
+        depth: levels. size: nodes that are kept in the end, the best by their paths.
+        token_ids: `[V']` ids of a reduced vocabulary's tokens; `None`: a token's index is its id.
+    """
+    tree = no_tree()
+    level = [ROOT]
+    for _ in range(depth if size > 0 else 0):
+        values, indices = (t.cpu() for t in _top(expand(tree, level), top_k))
+        keep = values.flatten().isfinite()
+        parents = torch.tensor(level).repeat_interleave(values.shape[1])[keep]
+        tokens = indices.flatten()[keep] if token_ids is None else token_ids.cpu()[indices.flatten()[keep]]
+        start = len(tree)
+        tree = DraftTree(
+            torch.cat((tree.tokens, tokens)),
+            torch.cat((tree.parents, parents)),
+            torch.cat((tree.log_probs, values.flatten()[keep])),
+        )
+        if len(tree) == start:
+            break
+        scores = tree.path_log_probs[start:]
+        best = scores.sort(descending=True, stable=True).indices[:top_k]
+        # A node below the last that is kept has no descendant above it.
+        bar = tree.path_log_probs.sort(descending=True).values[size - 1] if len(tree) >= size else -torch.inf
+        level = sorted(int(start + node) for node in best if scores[node] > bar)
+        if not level:
+            break
+    return tree.best(size)
+
+
+def _top(log_probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    top = log_probs.float().topk(min(top_k, log_probs.shape[-1]), dim=-1)
+    return top.values, top.indices
+
+
+def draw(
+    expand: Expand,
+    *,
+    widths: Sequence[int],
+    vocab_size: int,
+    token_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> DraftTree:
+    """Draw a tree at random: every node of level `i` gets `widths[i]` children, drawn without replacement.
+
+    The shape is settled before anything is drawn; a shape that depended on the tokens drawn would not be lossless.
+    Drawing in order without replacement is taking the largest of log-probabilities plus Gumbel noise.
+    """
+    tokens: list[int] = []
+    parents: list[int] = []
+    log_probs: list[float] = []
+    rows = [torch.zeros(vocab_size)]
+    level = [ROOT]
+    for width in widths:
+        so_far = DraftTree(torch.tensor(tokens, dtype=torch.int64), torch.tensor(parents, dtype=torch.int64),
+                           torch.tensor(log_probs))  # fmt: skip
+        start = len(tokens)
+        for node, row in zip(level, expand(so_far, level).float().cpu()):
+            uniform = torch.rand(row.shape, generator=generator).clamp_min(torch.finfo(torch.float32).tiny)
+            drawn = (row - (-uniform.log()).log()).topk(min(width, len(row))).indices
+            ids = torch.arange(len(row)) if token_ids is None else token_ids.cpu()
+            rows[node + 1].scatter_(0, ids, row.exp())
+            for index in drawn.tolist():
+                if row[index] > -torch.inf:
+                    tokens.append(int(ids[index]))
+                    parents.append(node)
+                    log_probs.append(float(row[index]))
+                    rows.append(torch.zeros(vocab_size))
+        level = list(range(start, len(tokens)))
+        if not level:
+            break
+    return DraftTree(torch.tensor(tokens, dtype=torch.int64), torch.tensor(parents, dtype=torch.int64),
+                     torch.tensor(log_probs), torch.stack(rows))  # fmt: skip
+
+
+def fit_widths(widths: Sequence[int], *, nodes: int, depth: int) -> tuple[int, ...]:
+    """The widths cut to `depth` levels and to at most `nodes` nodes in all; the deepest levels lose first."""
+    kept: list[int] = []
+    parents, room = 1, nodes
+    for width in widths[:depth]:
+        width = min(width, room // parents)
+        if width < 1:
+            break
+        kept.append(width)
+        parents *= width
+        room -= parents
+    return tuple(kept)
