@@ -25,22 +25,24 @@ POOLS = (0.2, 0.3, 0.4, 0.55, 0.75, 1.0)  # sizes, as shares of all experts
 class AcceptanceEstimate:
     """Probability that a node is accepted where its parent was, from the draft's probability of it and its depth.
 
-    Rates are kept by bin of probability and by depth. A bin starts from the draft's own probability, a depth from its
-    bin's rate over all depths; `prior` observations each must speak against that before it counts half.
+    The draft's probability is multiplied by a factor, so that its order stays: accepted over hoped for, where hope is
+    the sum of the draft's probabilities. Factors are kept by bin of probability and by depth; a depth starts from its
+    bin's factor over all depths. What was assumed before counts as `prior` acceptances.
     """
 
-    def __init__(self, *, prior: float = 8.0) -> None:
+    def __init__(self, *, prior: float = 4.0) -> None:
         self._prior = prior
-        # By depth and bin; row 0 holds all depths together.
-        self._tried = [[0.0] * (len(BIN_EDGES) + 1) for _ in range(MAX_DEPTH + 1)]
+        # By depth and bin, row 0 for all depths together: sums of the draft's probabilities, and acceptances.
+        self._hoped = [[0.0] * (len(BIN_EDGES) + 1) for _ in range(MAX_DEPTH + 1)]
         self._accepted = [[0.0] * (len(BIN_EDGES) + 1) for _ in range(MAX_DEPTH + 1)]
 
     def probability(self, draft_probability: float, depth: int) -> float:
         bin_ = bisect.bisect(BIN_EDGES, draft_probability)
-        probability = draft_probability
+        probability, factor = draft_probability, 1.0
         for level in (0, min(depth, MAX_DEPTH)):
-            tried, accepted = self._tried[level][bin_], self._accepted[level][bin_]
-            probability = (self._prior * probability + accepted) / (self._prior + tried)
+            hoped = self._prior + factor * self._hoped[level][bin_]
+            correction = (self._prior + self._accepted[level][bin_]) / hoped
+            probability, factor = min(probability * correction, 1.0), factor * correction
         return probability
 
     def reach(self, tree: DraftTree) -> list[float]:
@@ -62,7 +64,7 @@ class AcceptanceEstimate:
             if parent in on_path:
                 bin_ = bisect.bisect(BIN_EDGES, probabilities[node])
                 for level in (0, min(depths[node], MAX_DEPTH)):
-                    self._tried[level][bin_] = self._tried[level][bin_] * FORGET_ACCEPTANCE + 1
+                    self._hoped[level][bin_] = self._hoped[level][bin_] * FORGET_ACCEPTANCE + probabilities[node]
                     self._accepted[level][bin_] = self._accepted[level][bin_] * FORGET_ACCEPTANCE + (node in on_path)
 
 
