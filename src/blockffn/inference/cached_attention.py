@@ -52,9 +52,8 @@ class CachedAttention:
         stored = self.cache.read(module.layer_idx, self._visible.shape[-1])
         latents, k_rope = stored.split(self.cache.widths, dim=-1)
         config = module.config
-        if not absorbing_pays(
-            x.shape[1], config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
-        ):  # fmt: skip
+        head_width = config.qk_nope_head_dim + config.v_head_dim
+        if not absorbing_pays(x.shape[1], config.kv_lora_rank, head_width):
             return self._attend(module, torch.cat((q_nope, q_rope), dim=-1), *module.keys_values(latents, k_rope))
         expansion = self.expansions[module.layer_idx].to(x.dtype)
         to_keys, to_values = expansion.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
@@ -82,8 +81,8 @@ class CachedAttention:
 def absorbing_pays(tokens: int, rank: int, head_width: int) -> bool:
     """Whether attending among latents is less work than expanding the cache to keys and values.
 
-    Per cached row and head, absorbed scores and means take `2 rank` products a token, expanded ones `head_width` (both
-    besides the rotary part), and expanding takes `rank * head_width` once.
+    Besides the rotary part, a cached row and head takes `2 rank` products a token absorbed and `head_width` expanded;
+    expanding it takes `rank * head_width` once.
     """
     return tokens * (2 * rank - head_width) <= rank * head_width
 

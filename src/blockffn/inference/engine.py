@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from blockffn.checkpoints.load import load, model_folder
+from blockffn.checkpoints.tokenizer import load_tokenizer
 from blockffn.inference.batch import decode_batch
 from blockffn.inference.decode import Generation, GenerationSettings, decode
 from blockffn.inference.model_target import ModelTarget
@@ -75,8 +77,7 @@ class Engine:
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = load(path, device=device, dtype=dtype)
-        return cls(model, AutoTokenizer.from_pretrained(model_folder(Path(path)), local_files_only=True),
-                   capacity=capacity)  # fmt: skip
+        return cls(model, load_tokenizer(model_folder(Path(path))), capacity=capacity)
 
     def generate(self, prompt: str, **settings: Any) -> Completion:
         """Continue a prompt.
@@ -127,10 +128,10 @@ class Engine:
         return ids
 
     def complete(self, prompt: str, text: str, prompt_ids: list[int], generation: Generation) -> Completion:
+        """A request's result, its statistics with those that follow from the model's sizes."""
         config = self.model.config
-        statistics = generation.statistics.of_model(
-            config, bits_per_weight=stored_bits_per_weight(self.model, config)
-        )  # fmt: skip
+        bits = stored_bits_per_weight(self.model, config)
+        statistics = generation.statistics.of_model(config, bits_per_weight=bits)
         return Completion(prompt, text, prompt_ids, generation.token_ids, generation.finish_reason, statistics)
 
     def _settings(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -184,6 +185,5 @@ class TextStream:
             shown.append(rest)
             yield rest
         statistics = recorder.statistics(prompt_tokens=len(self._ids), new_tokens=len(new))
-        self.completion = engine.complete(
-            self._prompt, "".join(shown), self._ids, Generation(new, reason, statistics)
-        )  # fmt: skip
+        generation = Generation(new, reason, statistics)
+        self.completion = engine.complete(self._prompt, "".join(shown), self._ids, generation)

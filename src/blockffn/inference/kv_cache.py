@@ -52,6 +52,11 @@ class KVCache:
         """Copy rows `source [K]`, in all layers, to `destination` and the rows after it."""
         self._rows[:, :, destination : destination + len(source)] = self._rows[:, :, source]
 
+    def keep(self, sequences: Tensor) -> None:
+        """Drop all sequences of the batch but those of the given numbers."""
+        self._rows = self._rows[:, sequences]
+        self._batch = self._batch[: len(sequences)]
+
 
 def row_widths(config: BlockFFNConfig) -> tuple[int, int]:
     """Numbers that a token leaves in a layer: of latent and shared key (MLA), or of keys and of values (GQA)."""

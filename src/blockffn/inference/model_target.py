@@ -117,8 +117,8 @@ class ModelTarget:
         visible = torch.zeros(count, window(first + count), dtype=torch.bool, device=device)
         visible[:, :first] = True
         visible[:, first : first + count] = ancestors
-        batch = (tensor.unsqueeze(0) for tensor in (tokens.to(device), positions, rows, visible))
-        return _join([self.forward(*batch, self.cache)])
+        batch = [tensor.unsqueeze(0) for tensor in (tokens.to(device), positions, rows, visible)]
+        return _join([self.forward(*batch, cache=self.cache)])
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class _Pending:
         parents = torch.arange(-1, self.count - 1) if self.parents is None else self.parents
         if not len(kept) or kept.device.type != "cpu" or parents.device.type != "cpu":
             return
-        inside = 0 <= int(kept.min()) and int(kept.max()) < self.count
+        inside = int(kept.min()) >= 0 and int(kept.max()) < self.count
         if not inside or not torch.equal(parents[kept], torch.cat((kept.new_full((1,), -1), kept[:-1]))):
             raise ValueError(f"kept tokens must be a path from a root of the last extend, got {kept.tolist()}")
 

@@ -24,6 +24,7 @@ class GenerationStatistics:
 
     Attributes:
         steps: runs of the model after the prompt.
+        sequences: how many shared a step, on average.
         active_experts: experts per token and layer, mean over the tokens of these steps; `None` for dense models.
         union_experts: experts per step and layer that its tokens activate together, mean over the steps.
         tls: token-level sparsity of these tokens in percent. With the two below known where the model is.
@@ -37,6 +38,7 @@ class GenerationStatistics:
     prefill_seconds: float
     decode_seconds: float
     sampling_seconds: float
+    sequences: float = 1.0
     active_experts: float | None = None
     union_experts: float | None = None
     tls: float | None = None
@@ -66,16 +68,14 @@ class GenerationStatistics:
         """With what follows from the model's sizes."""
         if not self.steps:
             return self
-        tokens_per_step = (self.new_tokens - 1) / self.steps
-        shares: dict[str, float] = {}
+        tokens_per_step = self.sequences * (self.new_tokens - 1) / self.steps
+        tls = union = unused = None
         if self.active_experts is not None and self.union_experts is not None:
-            shares = {
-                "tls": 100 * (1 - self.active_experts / config.num_experts),
-                "union_share": 100 * self.union_experts / config.num_experts,
-            }
-        unused = 100 - shares["union_share"] if shares else None
+            tls = 100 * (1 - self.active_experts / config.num_experts)
+            union = 100 * self.union_experts / config.num_experts
+            unused = 100 - union
         per_step = weight_bytes_per_token(config, bits_per_weight=bits_per_weight, tls_percent=unused)
-        return replace(self, **shares, weight_bytes_per_token=per_step / tokens_per_step)
+        return replace(self, tls=tls, union_share=union, weight_bytes_per_token=per_step / tokens_per_step)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, rates included."""
@@ -89,6 +89,7 @@ class Recorder:
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     steps: int = 0
+    served: int = 0
     _active: list[Tensor] = field(default_factory=list)
     _union: list[Tensor] = field(default_factory=list)
 
@@ -101,9 +102,10 @@ class Recorder:
         finally:
             self.seconds[part] += time.perf_counter() - begin
 
-    def add(self, step: Step) -> None:
-        """Count a run of the model after the prompt."""
+    def add(self, step: Step, *, sequences: int = 1) -> None:
+        """Count a run of the model after the prompt, which served so many sequences."""
         self.steps += 1
+        self.served += sequences
         if step.active is not None and step.union is not None:
             self._active.append(step.active)
             self._union.append(step.union)
@@ -113,6 +115,7 @@ class Recorder:
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             steps=self.steps,
+            sequences=self.served / self.steps if self.steps else 1.0,
             **{f"{part}_seconds": self.seconds[part] for part in PARTS},
             active_experts=float(torch.cat(self._active, dim=1).double().mean()) if self._active else None,
             union_experts=float(torch.stack(self._union).double().mean()) if self._union else None,

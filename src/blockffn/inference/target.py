@@ -98,7 +98,9 @@ def check_prompt(prompt_ids: Sequence[int], *, vocab_size: int) -> None:
         raise ValueError("the prompt has no tokens; give at least one, such as the beginning-of-sequence token")
     wrong = [token for token in prompt_ids if not 0 <= token < vocab_size]
     if wrong:
-        raise ValueError(f"token {wrong[0]} of the prompt is outside the vocabulary of {vocab_size}; is it this model's?")
+        raise ValueError(
+            f"token {wrong[0]} of the prompt is outside the vocabulary of {vocab_size}; is it this model's?"
+        )
 
 
 def check_fits(prompt_tokens: int, max_new_tokens: int, *, capacity: int) -> None:

@@ -124,7 +124,7 @@ class LatentAttention(Attention):
         return q_nope, rotate(q_rope, cos, sin)
 
     def latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """All that keys and values are made of: the normalised latent `[B, T, R]`, the rotated shared key `[B, T, rope]`."""
+        """All that keys and values are made of: the normalised latent `[B, T, R]`, the rotated key `[B, T, rope]`."""
         latent, k_rope = self.kv_a_proj_with_mqa(x).split(
             [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1
         )
