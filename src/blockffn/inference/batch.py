@@ -137,5 +137,5 @@ def _run(
     forward: CachedForward, cache: KVCache, tokens: Tensor, rows: Tensor, *, size: int
 ) -> tuple[Tensor, Tensor | None]:
     columns = torch.arange(window(size), device=forward.device)
-    result = forward(tokens, rows, rows, columns <= rows.unsqueeze(-1), cache)
+    result = forward(cache, tokens, rows, rows, columns <= rows.unsqueeze(-1))
     return result.hidden, result.is_active

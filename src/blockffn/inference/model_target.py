@@ -107,7 +107,7 @@ class ModelTarget:
         first = self._length + begin
         rows = torch.arange(first, first + len(piece), device=self.forward.device).unsqueeze(0)
         columns = torch.arange(window(first + len(piece)), device=self.forward.device)
-        return self.forward(piece.unsqueeze(0), rows, rows, columns <= rows.unsqueeze(-1), self.cache)
+        return self.forward(self.cache, piece.unsqueeze(0), rows, rows, columns <= rows.unsqueeze(-1))
 
     def _run_tree(self, tokens: Tensor, parents: Tensor) -> Forward:
         device, first, count = self.forward.device, self._length, len(tokens)
@@ -118,7 +118,7 @@ class ModelTarget:
         visible[:, :first] = True
         visible[:, first : first + count] = ancestors
         batch = [tensor.unsqueeze(0) for tensor in (tokens.to(device), positions, rows, visible)]
-        return _join([self.forward(*batch, cache=self.cache)])
+        return _join([self.forward(self.cache, *batch)])
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class CachedForward:
         dtype = self.model.model.norm.weight.dtype
         return KVCache(self.model.config, capacity=capacity, batch=batch, dtype=dtype, device=self.device)
 
-    def __call__(self, tokens: Tensor, positions: Tensor, rows: Tensor, visible: Tensor, cache: KVCache) -> Forward:
+    def __call__(self, cache: KVCache, tokens: Tensor, positions: Tensor, rows: Tensor, visible: Tensor) -> Forward:
         """Run tokens `[B, T]` at positions `[B, T]`, cached in rows `[B, T]`, seeing rows `visible [B, T, S]`."""
         decoder = self.model.model
         x = decoder.embed_tokens(tokens) * self.model.config.scale_emb
