@@ -24,8 +24,8 @@ ALLOWED = {
     "checkpoints": BASE | {"ops", "metrics", "models"},
     "training": BASE | {"ops", "objectives", "metrics", "data", "models", "checkpoints", "evaluation"},
     "sparsify": BASE | {"ops", "metrics", "data", "models", "checkpoints"},
-    "inference": BASE | {"ops", "objectives", "metrics", "data", "models"},
-    "evaluation": BASE | {"ops", "objectives", "metrics", "data", "models", "checkpoints", "training"},
+    "inference": BASE | {"ops", "objectives", "metrics", "data", "models", "checkpoints"},
+    "evaluation": BASE | {"ops", "objectives", "metrics", "data", "models", "checkpoints", "training", "inference"},
     "experiments": BASE | {"reporting", "data", "training"},
 }
 

@@ -126,6 +126,10 @@ def test_from_text_to_report(tmp_path: Path) -> None:
     sample = run("generate", "run", "--prompt", "Number 7", "-n", "12", "--json", "run/sample.json")
     assert sample.startswith("Number 7")
     assert len(json.loads((tmp_path / "run" / "sample.json").read_text())["tokens"]) > 3
+    options = ["--stats", "--top-k", "9", "--min-p", "0.01", "--repetition-penalty", "1.1", "--stop", "\n"]
+    done = blockffn("generate", "run", "--prompt", "Number 7", "-n", "12", *options, cwd=tmp_path)
+    assert "MB read per token" in done.stderr
+    assert done.stdout.count("\n") == 1
     run("report", "run")
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<svg" in page

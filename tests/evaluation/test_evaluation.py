@@ -114,7 +114,7 @@ def test_a_dense_sample_has_no_experts(tokenizer: PreTrainedTokenizerFast) -> No
 
 
 def test_a_prompt_beyond_the_context_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match="exceed the model's context of 64; ask for at most"):
+    with pytest.raises(ValueError, match="exceed the cache's capacity of 64; ask for at most"):
         generate_sample(tiny_model(vocab_size=300), tokenizer, "word " * 10, max_new_tokens=60)
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -20,6 +19,7 @@ from transformers import (
 from blockffn.checkpoints.files import open_tensors
 from blockffn.checkpoints.layouts import recognise_layout
 from blockffn.checkpoints.load import is_foreign, load, model_folder
+from blockffn.checkpoints.tokenizer import load_tokenizer
 from blockffn.data.batch import Batch
 from blockffn.data.loader import iterate_split
 from blockffn.data.prepare import load_manifest
@@ -42,7 +42,7 @@ def load_run(
     model = load(path, device=device, progress=sys.stderr.isatty())
     if threshold is not None:
         model.set_threshold(threshold)
-    return model, _tokenizer(model_folder(path))
+    return model, load_tokenizer(model_folder(path))
 
 
 def load_any(path: Path, *, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -51,18 +51,7 @@ def load_any(path: Path, *, device: str | None = None) -> tuple[PreTrainedModel,
     if recognise_layout(open_tensors(folder)) == "published" or not is_foreign(folder):
         return load_run(path, device=device)
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), _tokenizer(folder)
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # tokenizers of unknown models fail in ways that are not listed
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder} holds no tokenizer that can be read ({reason}); copy its files there") from error
-    return tokenizer
+    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), load_tokenizer(folder)
 
 
 def heldout_batches(

@@ -2,86 +2,60 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from blockffn.inference.engine import Completion, Engine
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 
 
-@torch.no_grad()
 def generate_sample(
     model: BlockFFNForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
     max_new_tokens: int = 128,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    seed: int = 0,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Continue `prompt`; returns plain data as `sample.json` holds it.
-
-    `tokens` lists text and, for sparse models, `active_experts` (mean over layers) and `active_share` in percent.
-    `temperature` 0 is greedy.
+    """Continue `prompt` and describe what came of it; `settings` as for `Engine.generate`.
 
     Raises:
-        ValueError: the prompt and the new tokens do not fit into the model's context.
+        ValueError: the prompt and the new tokens do not fit into the model's context, or a setting is wrong.
     """
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie above 0 and at most at 1, got {top_p}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    model.eval()
-    device = next(model.parameters()).device
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    prompt_ids = bos + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    context = model.config.max_position_embeddings
-    if len(prompt_ids) + max_new_tokens > context:
-        raise ValueError(
-            f"{len(prompt_ids)} prompt tokens and {max_new_tokens} new ones exceed the model's context of {context}; "
-            f"ask for at most {max(context - len(prompt_ids), 0)} new tokens or shorten the prompt"
-        )
-    if not prompt_ids:
-        raise ValueError("the prompt is empty and the tokenizer has no beginning-of-sequence token; give a prompt")
-    inputs = torch.tensor([prompt_ids], device=device)
-    if not model(inputs[:, -1:], use_cache=False).logits.isfinite().all():
-        raise ValueError("the model's output is not a number: its weights are damaged or its training diverged")
-    torch.manual_seed(seed)
-    decoder: Any = model  # `generate` is annotated for a protocol that only transformers' own models declare
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    begin = time.perf_counter()
-    ids = decoder.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **sampling,
-    )[0]
-    seconds = time.perf_counter() - begin
-    routings = model(ids[None], output_routing=True, use_cache=False).routings
+    engine = Engine(model, tokenizer)
+    return describe(engine, engine.generate(prompt, max_new_tokens=max_new_tokens, **settings))
+
+
+@torch.no_grad()
+def describe(engine: Engine, completion: Completion) -> dict[str, Any]:
+    """A completion as plain data, as `sample.json` holds it.
+
+    `tokens` lists text and, for sparse models, `active_experts` (mean over layers) and `active_share` in percent.
+    """
+    model, tokenizer = engine.model, engine.tokenizer
+    ids = completion.prompt_ids + completion.token_ids
+    routings = model(torch.tensor([ids], device=model.device), output_routing=True, use_cache=False).routings
     active = None
     if routings:
         active = torch.stack([(r.weights[0] != 0).sum(dim=-1) for r in routings]).double().mean(dim=0).tolist()
     tokens = []
-    for i, text in enumerate(_pieces(tokenizer, ids.tolist())):
+    for i, text in enumerate(_pieces(tokenizer, ids)):
         if ids[i] in (tokenizer.bos_token_id, tokenizer.eos_token_id):
             continue
-        token: dict[str, Any] = {"text": text, "generated": i >= len(prompt_ids)}
+        token: dict[str, Any] = {"text": text, "generated": i >= len(completion.prompt_ids)}
         if active is not None:
             token |= {"active_experts": active[i], "active_share": 100 * active[i] / model.config.num_experts}
         tokens.append(token)
     return {
-        "prompt": prompt,
-        "text": tokenizer.decode(ids[len(prompt_ids) :], skip_special_tokens=True),
+        "prompt": completion.prompt,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
         "tokens": tokens,
         "num_experts": model.config.num_experts if active is not None else None,
-        "tokens_per_second": (len(ids) - len(prompt_ids)) / seconds,
+        "tokens_per_second": completion.statistics.tokens_per_second,
+        "statistics": completion.statistics.to_dict(),
     }
 
 

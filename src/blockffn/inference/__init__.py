@@ -1,1 +1,1 @@
-"""Decoding: models with a cache, and speculation over them."""
+"""Decoding: models with a cache, sampling, the plain loop, speculation, and the engine that joins them to text."""

@@ -1,10 +1,16 @@
-"""What speculation asks of a model: a cache that can be extended tentatively by a chain or a tree of tokens."""
+"""What every decoding loop asks of a model: a cache that is extended tentatively and committed in part.
+
+Plain decoding extends by one token and commits it. Speculation extends by a tree of drafts and commits the path that
+was accepted.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -20,42 +26,90 @@ class Target(Protocol):
 
     @property
     def capacity(self) -> int:
-        """How many fit."""
+        """How many tokens fit."""
         ...
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget all tokens."""
         ...
 
     def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
-        """Run tokens `[T]` (int64) behind the committed ones, tentatively.
+        """Run tokens without committing any. A second extend without commit is an error.
+
+        The position of a token is `length` plus its depth. It attends to all committed tokens, itself and its
+        ancestors.
 
         Args:
-            parents: `[T]` int64 indices into this call, `parents[i] < i` (-1: the last committed token); `None`: a
-                chain. The position of a token is `length` plus its depth. A token attends to all committed tokens,
-                itself and its ancestors.
-
-        Nothing is committed yet; a second `extend` without `commit` is an error.
+            tokens: `[T]` int64.
+            parents: `[T]` int64, indices into this call with `parents[i] < i`, -1 for the last committed token; `None`:
+                a chain.
         """
         ...
 
     def commit(self, kept: Tensor) -> None:
-        """Keep indices `[K]` into the last `extend`, a path from a root in order; the other rows vanish."""
+        """Commit tokens of the last extend; the others vanish.
+
+        Args:
+            kept: `[K]` indices into the last extend: a path from a root, in order.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one `extend` of `T` tokens gave.
+    """What running `T` tokens gave.
 
     Attributes:
         logits: `[T, V]` float32.
-        hidden: `[T, D]` final hidden states after the last norm (what the head's input is made of).
-        union: `[L]` int64, experts that the tokens activate together, per sparse layer; `None` for dense models.
-        active: `[L, T]` experts active per token.
+        hidden: `[T, D]`, final hidden states after the last norm: what the head's input is made of.
+        union: `[L]` int64, experts that the tokens activate together, per layer with experts; `None` for dense models.
+        active: `[L, T]` int64, experts active per token; `None` for dense models.
     """
 
     logits: Tensor
     hidden: Tensor
     union: Tensor | None = None
     active: Tensor | None = None
+
+
+def prefill(target: Target, tokens: Tensor) -> Step:
+    """Commit a prompt `[T]`. The step has the logits of the last token only, `[1, V]`, and the hidden states of all.
+
+    A target that can do this in less memory has a method `prefill` of its own, which is called instead.
+    """
+    own = getattr(target, "prefill", None)
+    if own is not None:
+        step: Step = own(tokens)
+        return step
+    step = target.extend(tokens)
+    target.commit(torch.arange(len(tokens)))
+    return Step(step.logits[-1:], step.hidden, step.union, step.active)
+
+
+def check_request(target: Target, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
+    """Raise `ValueError` if a request cannot be served: before any work, naming the numbers and the remedy."""
+    check_prompt(prompt_ids, vocab_size=target.vocab_size)
+    check_fits(len(prompt_ids), max_new_tokens, capacity=target.capacity)
+
+
+def check_prompt(prompt_ids: Sequence[int], *, vocab_size: int) -> None:
+    """Raise `ValueError` for an empty prompt, or one with a token that the model does not know."""
+    if not len(prompt_ids):
+        raise ValueError("the prompt has no tokens; give at least one, such as the beginning-of-sequence token")
+    wrong = [token for token in prompt_ids if not 0 <= token < vocab_size]
+    if wrong:
+        raise ValueError(
+            f"token {wrong[0]} of the prompt is outside the vocabulary of {vocab_size}; is it this model's?"
+        )
+
+
+def check_fits(prompt_tokens: int, max_new_tokens: int, *, capacity: int) -> None:
+    """Raise `ValueError` if prompt and new tokens exceed a cache of `capacity` tokens."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if prompt_tokens + max_new_tokens > capacity:
+        raise ValueError(
+            f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the cache's capacity of {capacity}; "
+            f"ask for at most {max(capacity - prompt_tokens, 0)} new tokens, shorten the prompt, or give the engine a "
+            "larger capacity if the model's context allows it"
+        )

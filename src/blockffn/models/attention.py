@@ -6,6 +6,7 @@ sdpa, flex, flash) works here. Biases are absent, as in the published models.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,8 +46,16 @@ class Attention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Any = None,
         cache: Cache | None = None,
+        attend_over: Callable[[Attention, Tensor, Tensor, Tensor], Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """Attention of tokens `[B, T, D]` and, if the implementation gives them, its probabilities.
+
+        `attend_over(self, x, cos, sin)` stands in for caching and attending where another plan computes the same: it
+        returns the heads' outputs `[B, T, H * W]`.
+        """
+        if attend_over is not None:
+            return self.o_proj(attend_over(self, x, *position_embeddings)), None
         query, key, value = self.queries_keys_values(x, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
@@ -108,16 +117,27 @@ class LatentAttention(Attention):
         self.kv_b_proj.initializer_std = config.kv_b_initializer_range  # type: ignore[assignment]
         self.o_proj = nn.Linear(h * config.v_head_dim, d, bias=False)
 
-    def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.config
-        nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of the queries without position, `[B, H, T, nope]`, and the rotated one, `[B, H, T, rope]`."""
         query = self._heads(self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))), self.qk_head_dim)
-        q_nope, q_rope = query.split([nope, rope], dim=-1)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, rope], dim=-1)
-        key_value = self._heads(self.kv_b_proj(self.kv_a_layernorm(latent)), nope + config.v_head_dim)
-        k_nope, value = key_value.split([nope, config.v_head_dim], dim=-1)
-        k_rope = rotate(k_rope.unsqueeze(1), cos, sin).expand(-1, self.num_heads, -1, -1)
-        return torch.cat((q_nope, rotate(q_rope, cos, sin)), dim=-1), torch.cat((k_nope, k_rope), dim=-1), value
+        q_nope, q_rope = query.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
+        return q_nope, rotate(q_rope, cos, sin)
+
+    def latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """All that keys and values are made of: the normalised latent `[B, T, R]`, the rotated key `[B, T, rope]`."""
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split(
+            [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1
+        )
+        return self.kv_a_layernorm(latent), rotate(k_rope.unsqueeze(1), cos, sin).squeeze(1)
+
+    def keys_values(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys `[B, H, T, nope + rope]` and values `[B, H, T, W]` of what `latents` returns."""
+        nope, width = self.config.qk_nope_head_dim, self.config.v_head_dim
+        k_nope, value = self._heads(self.kv_b_proj(latent), nope + width).split([nope, width], dim=-1)
+        return torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.num_heads, -1, -1)), dim=-1), value
+
+    def queries_keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.cat(self.queries(x, cos, sin), dim=-1), *self.keys_values(*self.latents(x, cos, sin))
 
 
 def eager_attention(

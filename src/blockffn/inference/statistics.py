@@ -1,0 +1,128 @@
+"""What one request took and used."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockffn.configuration import BlockFFNConfig
+from blockffn.inference.target import Step
+from blockffn.metrics.cost import parameter_counts, weight_bytes_per_token
+
+PARTS = ("prefill", "decode", "sampling")
+
+
+@dataclass(frozen=True)
+class GenerationStatistics:
+    """Times in seconds; on a GPU the wait for a step falls into `sampling`, where its token is read.
+
+    Attributes:
+        steps: runs of the model after the prompt.
+        sequences: how many shared a step, on average.
+        active_experts: experts per token and layer, mean over the tokens of these steps; `None` for dense models.
+        union_experts: experts per step and layer that its tokens activate together, mean over the steps.
+        tls: token-level sparsity of these tokens in percent. With the two below known where the model is.
+        union_share: `union_experts` in percent of the experts.
+        weight_bytes_per_token: bytes of weights that the steps read, for each new token that came of them.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    steps: int
+    prefill_seconds: float
+    decode_seconds: float
+    sampling_seconds: float
+    sequences: float = 1.0
+    active_experts: float | None = None
+    union_experts: float | None = None
+    tls: float | None = None
+    union_share: float | None = None
+    weight_bytes_per_token: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.prefill_seconds + self.decode_seconds + self.sampling_seconds
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.prompt_tokens / self.prefill_seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """New tokens but the first, which is the prompt's, by the time of steps and sampling; `None` for one token."""
+        later = self.new_tokens - 1
+        return later / (self.decode_seconds + self.sampling_seconds) if later else None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens by the time of the whole request."""
+        return self.new_tokens / self.seconds
+
+    def of_model(self, config: BlockFFNConfig, *, bits_per_weight: float) -> GenerationStatistics:
+        """With what follows from the model's sizes."""
+        if not self.steps:
+            return self
+        tokens_per_step = self.sequences * (self.new_tokens - 1) / self.steps
+        tls = union = unused = None
+        if self.active_experts is not None and self.union_experts is not None:
+            tls = 100 * (1 - self.active_experts / config.num_experts)
+            union = 100 * self.union_experts / config.num_experts
+            unused = 100 - union
+        per_step = weight_bytes_per_token(config, bits_per_weight=bits_per_weight, tls_percent=unused)
+        return replace(self, tls=tls, union_share=union, weight_bytes_per_token=per_step / tokens_per_step)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, rates included."""
+        rates = ("seconds", "tokens_per_second", "prefill_tokens_per_second", "decode_tokens_per_second")
+        return asdict(self) | {name: getattr(self, name) for name in rates}
+
+
+@dataclass
+class Recorder:
+    """Collects the times and steps of one request. What steps used stays on their device until the end."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    steps: int = 0
+    served: int = 0
+    _active: list[Tensor] = field(default_factory=list)
+    _union: list[Tensor] = field(default_factory=list)
+
+    @contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        """Add the time of the block to a part of `PARTS`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - begin
+
+    def add(self, step: Step, *, sequences: int = 1) -> None:
+        """Count a run of the model after the prompt, which served so many sequences."""
+        self.steps += 1
+        self.served += sequences
+        if step.active is not None and step.union is not None:
+            self._active.append(step.active)
+            self._union.append(step.union)
+
+    def statistics(self, *, prompt_tokens: int, new_tokens: int) -> GenerationStatistics:
+        return GenerationStatistics(
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            steps=self.steps,
+            sequences=self.served / self.steps if self.steps else 1.0,
+            **{f"{part}_seconds": self.seconds[part] for part in PARTS},
+            active_experts=float(torch.cat(self._active, dim=1).double().mean()) if self._active else None,
+            union_experts=float(torch.stack(self._union).double().mean()) if self._union else None,
+        )
+
+
+def stored_bits_per_weight(model: nn.Module, config: BlockFFNConfig) -> float:
+    """Bits that a parameter takes in memory, on average over the model: 16 in bfloat16, fewer where it is packed."""
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.parameters()}
+    return 8 * sum(tensors.values()) / parameter_counts(config).total
