@@ -14,21 +14,24 @@ from blockffn.experiments.suite import PUBLISHED_SIZE, Experiment
 STEPS = 300
 SEED = 0
 SHORT = ("schedule.warmup_steps=30",)
+ROUTER_RATE = "optimizer.router_learning_rate=0.002"
+START_STEPS = 450
 # The published recipe starts with attention far weaker than the FFN, which costs a short run most of its time.
 STARTS = {
     "kv_b-0.1": ["model.kv_b_initializer_range=0.1"],
-    "matrices-0.05": ["model.initializer_range=0.05"],
-    "both": ["model.initializer_range=0.05", "model.kv_b_initializer_range=0.05"],
+    "kv_b-0.1-matrices-0.05": ["model.kv_b_initializer_range=0.1", "model.initializer_range=0.05"],
 }
+START_METHODS = ("dense", "topk", "deepseek", "remoe")
+SCALES = (0.3, 0.1, 0.03)
 
 
 def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
     """Learning rates of two controls; locality, the router's rate and precision for BlockFFN; where training starts."""
     runs = []
 
-    def add(name: str, label: str, *changes: str, method: str = "blockffn") -> None:
+    def add(name: str, label: str, *changes: str, method: str = "blockffn", steps: int = STEPS) -> None:
         runs.append(
-            Experiment("recipe", f"{size}-{name}", label, method=method, size=size, seed=SEED, steps=STEPS,
+            Experiment("recipe", f"{size}-{name}", label, method=method, size=size, seed=SEED, steps=steps,
                        changes=(*SHORT, *changes))
         )  # fmt: skip
 
@@ -42,11 +45,12 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
             add(f"al-{locality}-router-{rate}", f"locality {locality}, router's rate {rate}", locality_of(locality),
                 f"optimizer.router_learning_rate={rate}")  # fmt: skip
     add("router-float32", "float32 router", "model.router_dtype=float32")
-    for label, changes in STARTS.items():
-        for method in ("blockffn", "dense", "topk"):
-            add(f"start-{label}-{method}", f"{method}, {label}", *changes, method=method)
-    for scale in (0.3, 0.1):
-        add(f"start-scale-{scale}", f"router's scale from {scale}", f"model.router_scale_initializer={scale}")
+    for label, changes in {"published": [], **STARTS}.items():
+        for method in START_METHODS:
+            add(f"start-{label}-{method}", f"{method}, start {label}", *changes, method=method, steps=START_STEPS)
+        for scale in (1.0, *SCALES):
+            add(f"start-{label}-blockffn-{scale}", f"start {label}, router's scale from {scale}", *changes, ROUTER_RATE,
+                f"model.router_scale_initializer={scale}", steps=START_STEPS)  # fmt: skip
     return runs
 
 
