@@ -51,6 +51,23 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
         for scale in (1.0, *SCALES):
             add(f"start-{label}-blockffn-{scale}", f"start {label}, router's scale from {scale}", *changes, ROUTER_RATE,
                 f"model.router_scale_initializer={scale}", steps=START_STEPS)  # fmt: skip
+    # From the start that won: what the objectives cost there, and how gently they can be had.
+    for label, changes in {
+        "none": ["objectives.terms.activation_locality=null", "objectives.terms.chunk_sparsification=null"],
+        "cs": ["objectives.terms.activation_locality=null"],
+        "al-0.0001": [locality_of(1e-4)],
+        "al-0.0003": [locality_of(3e-4)],
+        "al-steered": [
+            "objectives.terms.activation_locality={kind: set_point, initial: 3e-4, target: 72, observes: cls8, "
+            "interval: 10, response_steps: 60, warmup_steps: 100}"
+        ],
+        "al-0.0003-router-0.001": [locality_of(3e-4), "optimizer.router_learning_rate=0.001"],
+        "al-0.0003-balance": [locality_of(3e-4), "objectives.terms.load_balancing={kind: constant, value: 0.001}"],
+        "al-0.0003-shared": [locality_of(3e-4), "model.num_shared_experts=2"],
+        "al-0.0003-float32": [locality_of(3e-4), "model.router_dtype=float32"],
+    }.items():
+        add(f"then-{label}", f"scale 0.1, {label}", *STARTS["kv_b-0.1"], "model.router_scale_initializer=0.1",
+            *([] if "router-" in label else [ROUTER_RATE]), *changes, steps=START_STEPS)  # fmt: skip
     return runs
 
 
