@@ -14,6 +14,10 @@ from blockffn.experiments.suite import PUBLISHED_SIZE, Experiment
 STEPS = 300
 SEED = 0
 SHORT = ("schedule.warmup_steps=30",)
+GENTLE_CHUNKS = (
+    "objectives.terms.chunk_sparsification={kind: set_point, initial: 0.03, target: 80.5, observes: tls, interval: 10, "
+    "response_steps: 60, warmup_steps: 50}"
+)
 ROUTER_RATE = "optimizer.router_learning_rate=0.002"
 START_STEPS = 450
 # The published recipe starts with attention far weaker than the FFN, which costs a short run most of its time.
@@ -68,6 +72,21 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
     }.items():
         add(f"then-{label}", f"scale 0.1, {label}", *STARTS["kv_b-0.1"], "model.router_scale_initializer=0.1",
             *([] if "router-" in label else [ROUTER_RATE]), *changes, steps=START_STEPS)  # fmt: skip
+    gentle = [*STARTS["kv_b-0.1"], locality_of(2e-4), GENTLE_CHUNKS]
+    for label, changes in {
+        "router-0.001": [],
+        "router-0.0005": ["optimizer.router_learning_rate=0.0005"],
+        "scale-0.2": ["model.router_scale_initializer=0.2"],
+        "rate-0.007": ["optimizer.learning_rate=0.007"],
+        "rate-0.014": ["optimizer.learning_rate=0.014"],
+        "shared": ["model.num_shared_experts=2"],
+        "matrices-0.07": ["model.initializer_range=0.07"],
+        "late": ["objectives.terms.activation_locality={kind: constant, value: 3e-4, warmup_steps: 300}"],
+    }.items():
+        given = {change.split("=")[0] for change in changes}
+        base = ["model.router_scale_initializer=0.1", "optimizer.router_learning_rate=0.001"]
+        kept = [change for change in [*base, *gentle] if change.split("=")[0] not in given]
+        add(f"gentle-{label}", f"gentle, {label}", *kept, *changes, steps=START_STEPS)
     return runs
 
 
