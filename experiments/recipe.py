@@ -87,6 +87,10 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
         base = ["model.router_scale_initializer=0.1", "optimizer.router_learning_rate=0.001"]
         kept = [change for change in [*base, *gentle] if change.split("=")[0] not in given]
         add(f"gentle-{label}", f"gentle, {label}", *kept, *changes, steps=START_STEPS)
+    for scale, locality in ((0.2, 3e-4), (0.3, 3e-4), (0.45, 3e-4), (0.3, 6e-4)):
+        add(f"last-scale-{scale}-al-{locality}", f"scale {scale}, locality {locality}", *STARTS["kv_b-0.1"],
+            f"model.router_scale_initializer={scale}", "optimizer.router_learning_rate=0.001", locality_of(locality),
+            steps=START_STEPS)  # fmt: skip
     return runs
 
 
