@@ -94,7 +94,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": {"router_learning_rate": 0.001},
         "schedule": {"warmup_steps": 60, "decay_fraction": 0.3}, "checkpoint_every": 300,
         "objectives": {"chunk_length": 64, "terms": {
-            "activation_locality": {"kind": "constant", "value": 6e-4, "warmup_steps": 100},
+            "activation_locality": {"kind": "constant", "value": 1e-3, "warmup_steps": 100},
             "chunk_sparsification": {"kind": "set_point", "initial": 0.2, "target": 80.5, "observes": "tls",
                                      "interval": 10, "response_steps": 60, "warmup_steps": 50},
         }},

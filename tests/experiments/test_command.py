@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,18 @@ def test_zero_shot_scores_are_added_to_a_record_that_lacks_them(tmp_path: Path, 
     assert start([run("a")], "--eval-data", str(tmp_path)) == 0
     scores = json.loads((tmp_path / "work" / "records" / "s" / "a" / "zero_shot.json").read_text())
     assert scores["tasks"] == {"blimp": {"accuracy": 60.5}}
+
+
+def test_a_run_that_was_stopped_before_its_record_is_recorded_the_next_time(
+    tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start([run("a")]) == 0
+    shutil.rmtree(tmp_path / "work" / "records" / "s" / "a")
+    assert start([run("a")], "--list") == 0
+    assert not (tmp_path / "work" / "records" / "s" / "a").exists()
+    assert start([run("a")]) == 0
+    assert "a: done before, now recorded" in capsys.readouterr().out
+    assert record(tmp_path, "a")["outcome"] == "done"
 
 
 def test_a_list_shows_commands_and_runs_none(tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     for e in [*quality.experiments(), *ablation.experiments()]:
         wanted = e.method in ("dense", "topk") or e.name in ("mini-cs", "mini-none", "mini-experts-96")
-        wanted |= e.method == "blockffn" and e.suite == "quality"
+        wanted |= e.method == "blockffn" and (e.suite == "quality" or e.name == "mini-standard")
         exists = (folder / "records" / e.suite / e.name).exists()
         if wanted and not exists:
             write_fake_record(folder / "records", e, steps=200)

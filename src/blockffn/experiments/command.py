@@ -62,8 +62,12 @@ def main(
             refused[experiment.name] = str(error)
             print(f"{experiment.name}: FAILED: {error}")
             continue
+        task = _task(experiment, todo, places, facts)
         if todo.stages:
-            tasks.append(_task(experiment, todo, places, facts))
+            tasks.append(task)
+        elif not todo.recorded and not given.list:  # stopped between its last stage and the record
+            task.finish()
+            print(f"{experiment.name}: done before, now recorded")
         else:
             print(f"{experiment.name}: recorded already")
     if given.list:
