@@ -12,7 +12,7 @@ from torch import Tensor
 from blockffn.checkpoints.quantization_config import BlockFFNQuantizationConfig
 from blockffn.checkpoints.quantize import pack_model
 from blockffn.inference.decode import GenerationSettings, generate
-from blockffn.inference.graph_target import GraphTarget
+from blockffn.inference.graph_target import GraphTarget, graph_target
 from blockffn.inference.model_target import ModelTarget
 from blockffn.inference.target import Step, prefill
 from blockffn.presets import METHODS
@@ -127,6 +127,16 @@ def test_packed_weights_are_refused_with_the_remedy() -> None:
     pack_model(model, BlockFFNQuantizationConfig.preset("int8", group_size=32, attention="int8"))
     with pytest.raises(ValueError, match="dequantize or merge it first; use backend='model'"):
         GraphTarget(model)
+
+
+def test_a_model_on_the_cpu_is_refused_as_a_backend() -> None:
+    with pytest.raises(ValueError, match="on a CUDA device, got cpu; use backend='model'"):
+        graph_target(tiny_model())
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_is_taken_as_a_backend() -> None:
+    assert graph_target(tiny_model().cuda(), capacity=20).capacity == 20
 
 
 @pytest.mark.gpu

@@ -11,12 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blockffn.inference.decode_plan import DecodePlan, StepOutputs
+from blockffn.inference.decode_plan import DecodePlan, StepOutputs, refuses_plan
 from blockffn.inference.model_target import ModelTarget, Pending, ancestors_of, check_parents
 from blockffn.inference.target import Step
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.ops.decode import MAX_TOKENS
 from blockffn.ops.decode.inputs import StepInputs
+from blockffn.ops.gpu import refuses_device
 
 
 class GraphTarget(ModelTarget):
@@ -81,6 +82,26 @@ class GraphTarget(ModelTarget):
             kind = _CapturedStep if self.forward.device.type == "cuda" else _EagerStep
             self._steps[size] = kind(self.plan.step, StepInputs(size, self.forward.device))
         return self._steps[size]
+
+
+def refuses_graphs(model: BlockFFNForCausalLM) -> str | None:
+    """Why CUDA graphs cannot decode this model where it lies, or `None`."""
+    device = model.model.norm.weight.device
+    if device.type != "cuda":
+        return f"it needs the model on a CUDA device, got {device}"
+    return refuses_device(device) or refuses_plan(model)
+
+
+def graph_target(model: BlockFFNForCausalLM, capacity: int | None = None) -> GraphTarget:
+    """The target of a model on a GPU.
+
+    Raises:
+        ValueError: the model is not on a GPU or cannot be run by a plan, or the capacity is beyond its context.
+    """
+    reason = refuses_graphs(model)
+    if reason is not None:
+        raise ValueError(f"backend 'graph' cannot decode this model: {reason}; use backend='model'")
+    return GraphTarget(model, capacity=capacity)
 
 
 class _EagerStep:
