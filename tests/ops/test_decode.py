@@ -124,55 +124,89 @@ def test_a_damaged_router_is_not_hidden(triton: ModuleType) -> None:
 CASES = [(1, 1, 0), (1, 1, 1), (1, 1, 63), (1, 1, 130), (4, 3, 64), (8, 7, 200), (16, 16, 3), (64, 50, 40)]
 
 
+def check_grouped(
+    triton: ModuleType, inputs: StepInputs, length: int, sizes: tuple[int, int, int], rows: int, dtype: torch.dtype
+) -> None:
+    (heads, kv_heads, width), count = sizes, int(inputs.count)
+    qkv = randn(inputs.num_tokens, (heads + 2 * kv_heads) * width, dtype=dtype)
+    caches = committed_cache(length, rows, 2 * kv_heads * width, dtype)
+    tables = tables_of(rows, width, dtype)
+    results = [
+        ops.grouped_attention(qkv, cache, *tables, inputs, heads=heads, scaling=width**-0.5)[:count]
+        for ops, cache in zip((triton, reference), caches, strict=True)
+    ]
+    check_results(results, caches, inputs, length + count)
+
+
+def check_latent(
+    triton: ModuleType, inputs: StepInputs, length: int, sizes: tuple[int, int, int], rows: int, dtype: torch.dtype
+) -> None:
+    (heads, rank, rope), count, T, nope = sizes, int(inputs.count), inputs.num_tokens, 6
+    wide = randn(T, 8 + rank + rope, dtype=dtype)  # latents are a slice of a wider product
+    shapes = ((heads, T, rank), (T, heads, nope + rope), (rank,))
+    q_latent, q, norm = (randn(*shape, dtype=dtype) for shape in shapes)
+    caches = committed_cache(length, rows, rank + rope, dtype)
+    given = {"norm": norm, "eps": 1e-6, "scaling": (rank + rope) ** -0.5}
+    results = [
+        ops.latent_attention(q_latent, q, wide[:, 8:], cache, *tables_of(rows, rope, dtype), inputs, **given)[:count]
+        for ops, cache in zip((triton, reference), caches, strict=True)
+    ]
+    check_results(results, caches, inputs, length + count)
+
+
+def check_results(results: list[Tensor], caches: tuple[Tensor, Tensor], inputs: StepInputs, end: int) -> None:
+    assert_close("attention", *results)
+    assert_close("cache", *(cache[:end] for cache in caches))
+    assert caches[0][end:].isnan().all()  # neither padding nor a guess is written
+    assert (inputs.counters == 0).all()
+
+
 @pytest.mark.parametrize("tree", [False, True])
 @pytest.mark.parametrize(("T", "count", "length"), CASES)
 def test_grouped_attention(triton: ModuleType, T: int, count: int, length: int, tree: bool) -> None:
-    heads, kv_heads, width, rows = 4, 2, 10, 256
-    qkv = randn(T, (heads + 2 * kv_heads) * width)
-    caches = committed_cache(length, rows, 2 * kv_heads * width)
-    inputs = step_inputs(T, length=length, count=count, tree=tree)
-    tables = tables_of(rows, width)
-    results = [
-        ops.grouped_attention(qkv, cache, *tables, inputs, heads=heads, scaling=0.3)[:count]
-        for ops, cache in zip((triton, reference), caches, strict=True)
-    ]
-    assert_close("attention", *results)
-    assert_close("cache", *(cache[: length + count] for cache in caches))
-    assert caches[0][length + count :].isnan().all()  # neither padding nor a guess is written
-    assert (inputs.counters == 0).all()
+    check_grouped(triton, step_inputs(T, length=length, count=count, tree=tree), length, (4, 2, 10), 256, torch.float32)
 
 
 @pytest.mark.parametrize(("T", "count", "length"), CASES)
 def test_latent_attention(triton: ModuleType, T: int, count: int, length: int) -> None:
-    heads, rank, rope, nope, rows = 3, 12, 4, 6, 256
-    wide = randn(T, 5 + rank + rope)  # latents are a slice of a wider product
-    q_latent, q, latents, norm = randn(heads, T, rank), randn(T, heads, nope + rope), wide[:, 5:], randn(rank)
-    caches = committed_cache(length, rows, rank + rope)
+    check_latent(triton, step_inputs(T, length=length, count=count, tree=True), length, (3, 12, 4), 256, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [0, 500, 3000])
+@pytest.mark.parametrize(("T", "count"), [(1, 1), (8, 7), (32, 32), (64, 40)])
+def test_attention_at_real_widths(triton: ModuleType, T: int, count: int, length: int, dtype: torch.dtype) -> None:
     inputs = step_inputs(T, length=length, count=count, tree=True)
-    results = [
-        ops.latent_attention(
-            q_latent, q, latents, cache, *tables_of(rows, rope), inputs, norm=norm, eps=1e-6, scaling=0.3
-        )[:count]
-        for ops, cache in zip((triton, reference), caches, strict=True)
-    ]
-    assert_close("attention", *results)
-    assert_close("cache", *(cache[: length + count] for cache in caches))
-    assert caches[0][length + count :].isnan().all()
+    check_grouped(triton, inputs, length, (16, 4, 128), 4096, dtype)
+    check_latent(triton, inputs, length, (12, 256, 64), 4096, dtype)
 
 
-def committed_cache(length: int, rows: int, width: int) -> tuple[Tensor, Tensor]:
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_at_real_widths(triton: ModuleType, dtype: torch.dtype) -> None:
+    norm = randn(2048, dtype=dtype)
+    for N, D in ((3072, 2048), (10960, 2048), (2048, 10960)):
+        x, weight, up = (randn(*shape, dtype=dtype) / D**0.25 for shape in ((1, D), (N, D), (N, D)))
+        assert_close(f"{N} x {D}", triton.linear(x, weight), reference.linear(x, weight))
+        if len(norm) == D:
+            actual, expected = (ops.norm_linear(x, weight, norm=norm, eps=1e-5, up=up) for ops in (triton, reference))
+            assert_close(f"gated {N} x {D}", actual[0], expected[0])
+
+
+def committed_cache(length: int, rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The same twice: random committed rows; others are NaN for kernels, and 0 for the definition, which masks."""
     cache = torch.zeros(rows, width)
     cache[:length] = torch.randn(length, width)
     poisoned = cache.clone()
     poisoned[length:] = float("nan")
-    return poisoned.to(DEVICE), cache.to(DEVICE)
+    return poisoned.to(DEVICE, dtype), cache.to(DEVICE, dtype)
 
 
-def tables_of(rows: int, width: int) -> tuple[Tensor, Tensor]:
+def tables_of(rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     angles = torch.arange(rows)[:, None] * torch.logspace(0, -2, width // 2)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(DEVICE), angles.sin().to(DEVICE)
+    return angles.cos().to(DEVICE, dtype), angles.sin().to(DEVICE, dtype)
 
 
 @pytest.mark.parametrize("count", [1, 5, 64])

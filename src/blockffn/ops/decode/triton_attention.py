@@ -48,33 +48,35 @@ def _attend(scores, value, largest, total, acc):
 @triton.jit
 def _join(
     acc, largest, total, slot, num_slots, tile, counter_ptr, partial_ptr, largest_ptr, total_ptr,
-    MAX_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, STEP: tl.constexpr,
+    MAX_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, USED_M: tl.constexpr, BLOCK_W: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Store a part; whether this program is the last of its tile, and if so the mean over all parts."""
-    local = tl.arange(0, BLOCK_M)
+    """Store a part; whether this program is the last of its tile, and if so the mean over all parts.
+
+    Only the first `USED_M` rows count: a product needs 16, one token with few heads has less.
+    """
     columns = tl.arange(0, BLOCK_W)
     first = tile * MAX_SLOTS
-    row = (first + slot) * BLOCK_M + local
-    tl.store(partial_ptr + row[:, None] * BLOCK_W + columns[None, :], acc)
-    tl.store(largest_ptr + row, largest)
-    tl.store(total_ptr + row, total)
+    stored = tl.arange(0, BLOCK_M)
+    row = (first + slot) * USED_M + stored
+    tl.store(partial_ptr + row[:, None] * BLOCK_W + columns[None, :], acc, mask=(stored < USED_M)[:, None])
+    tl.store(largest_ptr + row, largest, mask=stored < USED_M)
+    tl.store(total_ptr + row, total, mask=stored < USED_M)
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
     is_last = arrived == num_slots - 1
-    out = tl.zeros([BLOCK_M, BLOCK_W], tl.float32)
+    out = tl.zeros([USED_M, BLOCK_W], tl.float32)
     if is_last:
         tl.store(counter_ptr + tile, 0)
+        local = tl.arange(0, USED_M)
         # Other processors wrote these: .cg reads them from L2, never from a stale line of L1.
-        top = tl.full([BLOCK_M], -1e30, tl.float32)
+        every = tl.arange(0, MAX_SLOTS)
+        all_at = (first + every)[:, None] * USED_M + local[None, :]
+        tops = tl.load(largest_ptr + all_at, mask=(every < num_slots)[:, None], other=-1e30, cache_modifier=".cg")
+        top = tl.max(tops, axis=0)
+        sums = tl.zeros([USED_M], tl.float32)
         for start in range(0, num_slots, STEP):
             slots = start + tl.arange(0, STEP)
-            at = (first + slots)[:, None] * BLOCK_M + local[None, :]
-            part = tl.load(largest_ptr + at, mask=(slots < num_slots)[:, None], other=-1e30, cache_modifier=".cg")
-            top = tl.maximum(top, tl.max(part, axis=0))
-        sums = tl.zeros([BLOCK_M], tl.float32)
-        for start in range(0, num_slots, STEP):
-            slots = start + tl.arange(0, STEP)
-            at = (first + slots)[:, None] * BLOCK_M + local[None, :]
+            at = (first + slots)[:, None] * USED_M + local[None, :]
             mask = slots < num_slots
             part = tl.load(largest_ptr + at, mask=mask[:, None], other=-1e30, cache_modifier=".cg")
             part_total = tl.load(total_ptr + at, mask=mask[:, None], other=0.0, cache_modifier=".cg")
@@ -98,7 +100,8 @@ def _attention_kernel(
     scale, eps,
     T: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, P: tl.constexpr, VALUE_AT: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, STEP: tl.constexpr, LATENT: tl.constexpr, PDL: tl.constexpr,
+    USED_M: tl.constexpr, SPLITS: tl.constexpr, MAX_SLOTS: tl.constexpr, STEP: tl.constexpr,
+    LATENT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One key head (or all latents), one split or the step's own tokens, `BLOCK_M` pairs of token and query head.
 
@@ -213,11 +216,14 @@ def _attention_kernel(
         slot = tl.where(is_own, used, split)
         is_last, out = _join(
             acc, largest, total, slot, used + 1, tile, counter_ptr, partial_ptr, largest_ptr, total_ptr,
-            SPLITS + 1, BLOCK_M, BLOCK_W, STEP,
+            MAX_SLOTS, BLOCK_M, USED_M, BLOCK_W, STEP,
         )  # fmt: skip
         if is_last:
-            to = out_ptr + (token * out_token + head * W)[:, None] + columns[None, :]
-            tl.store(to, out.to(out_ptr.dtype.element_ty), mask=present & in_w[None, :])
+            out_pair = part * BLOCK_M + tl.arange(0, USED_M)
+            out_head = kv_head * GROUPS + out_pair % GROUPS
+            out_at = out_ptr + (out_pair // GROUPS * out_token + out_head * W)[:, None] + columns[None, :]
+            out_mask = (out_pair < T * GROUPS)[:, None] & in_w[None, :]
+            tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=out_mask)
     else:
         let_next_kernel_start(PDL)
         wait_for_previous_kernel(PDL)
@@ -290,7 +296,10 @@ def _run(
     assert tiles < NUM_COUNTERS
     splits = max(1, min(MAX_SPLITS, num_processors(device) // tiles))
     num_warps = 4 if block_m * block_w <= 2048 else 8
-    rows = tiles * (splits + 1) * block_m
+    used_m = min(block_m, triton.next_power_of_2(T * groups))
+    max_slots = triton.next_power_of_2(splits + 1)
+    step = max(1, min(max_slots, num_warps * JOINED // (used_m * block_w)))
+    rows = tiles * max_slots * used_m
     partial = torch.empty(rows, block_w, dtype=torch.float32, device=device)
     largest, total = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
     _attention_kernel[(kv_heads, splits + 1, parts)](
@@ -298,7 +307,7 @@ def _run(
         partial, largest, total, inputs.counters[1:], out,
         *strides, scaling, eps,
         T=T, GROUPS=groups, W=width, P=rope, VALUE_AT=value_at, BLOCK_W=block_w, BLOCK_P=block_p, BLOCK_M=block_m,
-        BLOCK_N=block_n, SPLITS=splits, STEP=max(1, num_warps * JOINED // (block_m * block_w)), LATENT=latent,
+        BLOCK_N=block_n, USED_M=used_m, SPLITS=splits, MAX_SLOTS=max_slots, STEP=step, LATENT=latent,
         num_warps=num_warps,
         **launch(out),
     )  # fmt: skip
