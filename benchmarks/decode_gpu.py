@@ -14,6 +14,7 @@ share and the union that steps then have are printed. Sparse and dense take turn
             the engine adds
     parts   the same for parts of the step, timed alone on the inputs that they have in it; rest: what is left of the
             step (embedding, counts of experts, gaps)
+    products  on a GPU: our kernel for few tokens against cuBLAS, on cold weights
 
 A step's time is that of its graph; tokens a second also have the host's work between steps. With --seconds, what no
 longer fits is left out, and said so.
@@ -22,6 +23,7 @@ longer fits is left out, and said so.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -324,6 +326,48 @@ def time_steps(benches: list[Bench], num_tokens: int, bandwidth: float) -> list[
     return rows
 
 
+@dataclass(frozen=True)
+class ProductRow:
+    product: str
+    num_tokens: int
+    kernel_microseconds: float
+    cublas_microseconds: float
+    floor_microseconds: float
+
+
+@torch.no_grad()
+def time_products(benches: list[Bench], bandwidth: float) -> list[ProductRow]:
+    """A product of each layer's own weights, by our kernel and by cuBLAS, in microseconds a layer."""
+    from blockffn.ops.decode.triton_linear import row_linear
+
+    sparse, dense = (list(bench.model.model.layers) for bench in benches)
+    products = {
+        "output": [layer.self_attn.o_proj.weight for layer in sparse],
+        "dense gate": [layer.mlp.gate_proj.weight for layer in dense],
+        "dense down": [layer.mlp.down_proj.weight for layer in dense],
+    }
+
+    @torch.no_grad()
+    def each(way: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+        return [way(x, weight) for weight in weights]
+
+    clock, rows = benches[0].clock, []
+    for name, weights in products.items():
+        for T in (1, 2, 4, 8):
+            x = torch.randn(T, weights[0].shape[1], device=clock.device, dtype=weights[0].dtype)
+            runs: dict[Any, Callable[[], object]] = {
+                way: clock.graph(functools.partial(each, way, x, weights))
+                for way in (row_linear, torch.nn.functional.linear)
+            }
+            ours, cublas = (time / len(weights) for time in clock.medians(runs).values())
+            floor = weights[0].nbytes / bandwidth * 1e6
+            rows.append(ProductRow(name, T, ours, cublas, floor))
+            print(
+                f"  {name:<11}{T:>3} tokens  kernel {ours:>6.1f} us  cuBLAS {cublas:>6.1f} us  floor {floor:>6.1f} us"
+            )
+    return rows
+
+
 def print_parts(rows: list[PartRow]) -> None:
     for r in rows:
         shares = "" if r.active_share is None else f"  active {r.active_share:.1%}, union {r.union_share:.1%}"
@@ -413,10 +457,16 @@ def main() -> None:
 
     text: list[TextRow] = []
     parts: list[PartRow] = []
+    products: list[ProductRow] = []
     left_out: list[str] = []
     jobs: list[tuple[str, float, Callable[[], None]]] = [
         ("greedy text", 15, lambda: text.extend(time_text(benches, new_tokens, min(options.rounds, 5)))),
         *((f"steps of {T}", 12, lambda T=T: add_parts(T)) for T in options.tokens),  # type: ignore[misc]
+        *(
+            [("products", 15, lambda: products.extend(time_products(benches, bandwidth)))]
+            if device.type == "cuda"
+            else []
+        ),
         ("Hugging Face", 8, lambda: text.append(time_peer(benches[1], min(new_tokens, 24)))),
     ]
 
@@ -424,7 +474,7 @@ def main() -> None:
         rows = time_steps(benches, T, bandwidth)
         print_parts(rows)
         parts.extend(rows)
-        save(options.json, {"text": text, "parts": parts}, machine, left_out)
+        save(options.json, {"text": text, "parts": parts, "products": products}, machine, left_out)
 
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -438,7 +488,7 @@ def main() -> None:
         clock.say(f"{what}:")
         run()
     print_gaps(text, parts)
-    save(options.json, {"text": text, "parts": parts}, machine, left_out)
+    save(options.json, {"text": text, "parts": parts, "products": products}, machine, left_out)
 
 
 def print_gaps(text: list[TextRow], parts: list[PartRow]) -> None:

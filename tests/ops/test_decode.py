@@ -69,7 +69,7 @@ def test_norm_and_product(triton: ModuleType, T: int, D: int, N: int, has_branch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "D", "N"), [(1, 30, 5), (1, 4500, 9), (2, 32, 8)])
+@pytest.mark.parametrize(("T", "D", "N"), [(1, 30, 5), (1, 4500, 9), (2, 32, 8), (3, 4500, 9), (4, 17, 70), (5, 32, 8)])
 def test_product(triton: ModuleType, T: int, D: int, N: int, dtype: torch.dtype) -> None:
     x, weight = randn(T, D, dtype=dtype), randn(N, D, dtype=dtype)
     assert_close("product", triton.linear(x, weight), reference.linear(x, weight))

@@ -1,7 +1,7 @@
 """The operations of a decode step on a GPU; `reference` says what each computes. Imports Triton.
 
-One token: products are kernels of our own, which compute the norm themselves and have their first weights in flight
-before they wait for the kernel before them (programmatic dependent launch). More tokens: cuBLAS, after a norm.
+Up to four tokens: products are kernels of our own, which have their first weights in flight before they wait for the
+kernel before them (programmatic dependent launch); for one token they compute the norm, too. More tokens: cuBLAS.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from blockffn.ops.sparse_ffn.triton_parts import let_next_kernel_start, silu, wa
 
 TILE_BYTES = 32 << 10
 MAX_COLUMNS = 2048  # of a tile that is not a whole row
+MAX_ROW_TOKENS = 4  # that a product takes row by row; more go to cuBLAS
 PROGRAMS = 3  # per processor, of a product after a norm: each computes the norm once
 
 
@@ -96,26 +97,33 @@ def _norm_linear_kernel(
 
 @triton.jit
 def _linear_kernel(
-    x_ptr, weight_ptr, out_ptr, N,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, weight_ptr, out_ptr, N, x_stride,
+    T: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token: out = weight . x, in steps of `BLOCK_D` columns with one step in flight."""
+    """out[t] = weight . x[t], in steps of `BLOCK_D` columns with one step in flight; few tokens, one by one."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
+    tokens = tl.arange(0, TOKENS)
     at = rows.to(tl.int64)[:, None] * D + columns[None, :]
     wanted = (rows < N)[:, None]
     tile = tl.load(weight_ptr + at, mask=wanted & (columns < D)[None, :], other=0.0)
     let_next_kernel_start(PDL)
     wait_for_previous_kernel(PDL)
-    out = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([TOKENS, ROWS], tl.float32)
     start = 0
     while start < D:
         current = tile
-        x = tl.load(x_ptr + start + columns, mask=start + columns < D, other=0.0).to(tl.float32)
+        tile = tl.load(
+            weight_ptr + at + start + BLOCK_D, mask=wanted & (start + BLOCK_D + columns < D)[None, :], other=0.0
+        )
+        for t in tl.static_range(T):
+            x = tl.load(x_ptr + t * x_stride + start + columns, mask=start + columns < D, other=0.0).to(tl.float32)
+            product = tl.sum(current.to(tl.float32) * x[None, :], axis=1)
+            out += tl.where(tokens == t, 1.0, 0.0)[:, None] * product[None, :]
         start += BLOCK_D
-        tile = tl.load(weight_ptr + at + start, mask=wanted & (start + columns < D)[None, :], other=0.0)
-        out += tl.sum(current.to(tl.float32) * x[None, :], axis=1)
-    tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=rows < N)
+    mask = (tokens < T)[:, None] & (rows < N)[None, :]
+    tl.store(out_ptr + tokens[:, None] * N + rows[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -155,10 +163,10 @@ def norm_linear(
 ) -> tuple[Tensor, Tensor]:
     if len(x) > 1:
         x, normed = add_norm(x, norm, eps=eps, branch=branch, scale=scale)
-        out = F.linear(normed, weight)
+        out = linear(normed, weight)
         if up is not None:
             block = 1024
-            other = F.linear(normed, up)
+            other = linear(normed, up)
             grid = (triton.cdiv(out.numel(), block),)
             _gate_kernel[grid](out, other, out.numel(), BLOCK=block, num_warps=4, **launch(x))
         return out, x
@@ -177,16 +185,23 @@ def norm_linear(
 
 
 def linear(x: Tensor, weight: Tensor, *, float_output: bool = False) -> Tensor:
-    if len(x) > 1:
-        out = F.linear(x, weight)
-        return out.float() if float_output else out
-    N, D = weight.shape
-    out = torch.empty(1, N, dtype=torch.float32 if float_output else x.dtype, device=x.device)
+    if len(x) <= MAX_ROW_TOKENS:
+        return row_linear(x, weight, float_output=float_output)
+    out = F.linear(x, weight)
+    return out.float() if float_output else out
+
+
+def row_linear(x: Tensor, weight: Tensor, *, float_output: bool = False) -> Tensor:
+    """`linear` by the kernel that takes tokens one by one, for any number of them that is worth it."""
+    T, (N, D) = len(x), weight.shape
+    out = torch.empty(T, N, dtype=torch.float32 if float_output else x.dtype, device=x.device)
     block_d = min(triton.next_power_of_2(D), MAX_COLUMNS)
-    rows = rows_of_tile(block_d, weight)
+    # Where rows are longer than a tile, the next one is in flight beside it.
+    rows = rows_of_tile(block_d, weight, tiles=1 if block_d >= D else 2)
     _linear_kernel[(triton.cdiv(N, rows),)](
-        x, weight, out, N, D=D, BLOCK_D=block_d, ROWS=rows, num_warps=warps_of_row(block_d), **launch(x)
-    )
+        x, weight, out, N, x.stride(0), T=T, TOKENS=triton.next_power_of_2(T), D=D, BLOCK_D=block_d, ROWS=rows,
+        num_warps=warps_of_row(block_d), **launch(x),
+    )  # fmt: skip
     return out
 
 
