@@ -40,6 +40,11 @@ class KVCache:
         """Memory of the cache in bytes."""
         return self._rows.nbytes
 
+    @property
+    def capacity(self) -> int:
+        """Rows of a sequence."""
+        return self._rows.shape[2]
+
     def write(self, layer: int, rows: Tensor, first: Tensor, second: Tensor) -> None:
         """Put the parts `[B, T, widths]` of tokens into rows `[B, T]`."""
         self._rows[layer, self._batch, rows] = torch.cat((first, second), dim=-1).to(self._rows.dtype)

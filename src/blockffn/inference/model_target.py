@@ -35,7 +35,7 @@ class ModelTarget:
         self._capacity = checked_capacity(model, capacity)
         self.cache = self.forward.make_cache(self._capacity)
         self._length = 0
-        self._pending: _Pending | None = None
+        self._pending: Pending | None = None
 
     @property
     def length(self) -> int:
@@ -56,12 +56,12 @@ class ModelTarget:
             ValueError: tokens are pending, none were given, they do not fit, or a parent does not precede its child.
         """
         self._check_room(tokens)
-        _check_parents(tokens, parents)
+        check_parents(tokens, parents)
         if parents is None:
             result = _join([self._run_chain(tokens, begin) for begin in range(0, len(tokens), self.chunk_size)])
         else:
             result = self._run_tree(tokens, parents)
-        self._pending = _Pending(len(tokens), parents)
+        self._pending = Pending(len(tokens), parents)
         return result.step(self.forward.logits(result.hidden))
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class ModelTarget:
 
 
 @dataclass(frozen=True)
-class _Pending:
+class Pending:
     """The last extend: how many tokens, and their parents (`None`: a chain)."""
 
     count: int
@@ -209,7 +209,7 @@ def ancestors_of(parents: Tensor) -> Tensor:
     return reach > 0
 
 
-def _check_parents(tokens: Tensor, parents: Tensor | None) -> None:
+def check_parents(tokens: Tensor, parents: Tensor | None) -> None:
     if parents is None:
         return
     if parents.shape != tokens.shape:

@@ -1,0 +1,237 @@
+"""The operations of a decode step: Triton kernels against their definitions, in the interpreter or on a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from blockffn.ops.decode import kernels, reference
+from blockffn.ops.decode.inputs import StepInputs, visible_bits
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+pytest.importorskip("triton")
+DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+DTYPES = [torch.float32, *([torch.bfloat16] if HAS_GPU else [])]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture
+def triton() -> ModuleType:
+    return kernels(DEVICE, "triton")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fresh buffers hold NaN: a kernel that reads what nothing wrote fails."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape, name
+    assert actual.dtype == expected.dtype, name
+    difference = (actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-12)
+    assert difference <= TOLERANCE.get(expected.dtype, 0.0), f"{name}: relative error {difference:.1e}"
+
+
+def step_inputs(T: int, *, length: int, count: int | None = None, tree: bool = False) -> StepInputs:
+    """A chain, or a tree in which token t hangs on token t // 2 - 1."""
+    inputs, count = StepInputs(T, DEVICE), count or T
+    inputs.fill(length, list(range(count)), [t // 2 - 1 for t in range(count)] if tree else None)
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_branch", [False, True])
+@pytest.mark.parametrize(("T", "D", "N"), [(1, 32, 7), (1, 48, 100), (3, 20, 9)])
+def test_norm_and_product(triton: ModuleType, T: int, D: int, N: int, has_branch: bool, dtype: torch.dtype) -> None:
+    x, norm, weight, up = (randn(*shape, dtype=dtype) for shape in ((T, D), (D,), (N, D), (N, D)))
+    residual = {"norm": norm, "eps": 1e-5, "branch": randn(T, D, dtype=dtype) if has_branch else None, "scale": 0.3}
+    for name in ("add_norm", "norm_linear", "gated"):
+        arguments = {"add_norm": (x,)}.get(name, (x, weight))
+        given = residual | ({"up": up} if name == "gated" else {})
+        function = "add_norm" if name == "add_norm" else "norm_linear"
+        actual, expected = (getattr(ops, function)(*arguments, **given) for ops in (triton, reference))
+        for i in range(2):
+            assert_close(f"{name} {i}", actual[i], expected[i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "D", "N"), [(1, 30, 5), (1, 4500, 9), (2, 32, 8), (3, 4500, 9), (4, 17, 70), (5, 32, 8)])
+def test_product(triton: ModuleType, T: int, D: int, N: int, dtype: torch.dtype) -> None:
+    x, weight = randn(T, D, dtype=dtype), randn(N, D, dtype=dtype)
+    assert_close("product", triton.linear(x, weight), reference.linear(x, weight))
+    wide = triton.linear(x, weight, float_output=True)
+    assert wide.dtype == torch.float32
+    assert (wide - reference.linear(x.float(), weight.float())).norm() <= 8e-3 * wide.norm()
+
+
+def test_a_long_gated_product_takes_several_rounds(triton: ModuleType) -> None:
+    x, norm, gate, up = randn(1, 32), randn(32), randn(3001, 32), randn(3001, 32)
+    actual, expected = (ops.norm_linear(x, gate, norm=norm, eps=1e-5, up=up)[0] for ops in (triton, reference))
+    assert_close("gated product", actual, expected)
+
+
+@pytest.mark.parametrize("float32", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 0.7])
+@pytest.mark.parametrize(("T", "count", "E"), [(1, 1, 6), (1, 1, 130), (4, 3, 9)])
+def test_routing(triton: ModuleType, T: int, count: int, E: int, threshold: float, float32: bool) -> None:
+    x, branch, norm, weight, router_norm = randn(T, 32), randn(T, 32), randn(32), randn(E, 32), randn(E)
+    inputs = step_inputs(T, length=5, count=count)
+    results = []
+    for ops in (triton, reference):
+        for _ in range(2):  # the second finds the counters as the first left them
+            out = torch.full((T, E), float("nan"), device=DEVICE)
+            residual = ops.norm_route(
+                x, weight, norm=norm, eps=1e-5, branch=branch, scale=0.3, router_norm=router_norm, router_eps=1e-6,
+                float32=float32, threshold=threshold, inputs=inputs, out=out,
+            )  # fmt: skip
+        results.append((*residual, out, ops.count_active(out[None])))
+    for name, actual, expected in zip(("sum", "normed", "weights", "counts"), *results, strict=True):
+        assert_close(name, actual, expected)
+    assert (results[0][2][count:] == 0).all()
+    assert ((results[0][2][:count] == 0) == (results[1][2][:count] == 0)).all()
+
+
+def test_counts_of_several_layers(triton: ModuleType) -> None:
+    weights = randn(3, 5, 11) * (randn(3, 5, 11) > 0.8)
+    assert torch.equal(triton.count_active(weights), reference.count_active(weights))
+
+
+def test_a_damaged_router_is_not_hidden(triton: ModuleType) -> None:
+    weight = randn(6, 32)
+    weight[2, 3] = float("nan")
+    out = torch.zeros(1, 6, device=DEVICE)
+    triton.norm_route(
+        randn(1, 32), weight, norm=randn(32), eps=1e-5, router_norm=randn(6), router_eps=1e-6, float32=True,
+        threshold=0.0, inputs=step_inputs(1, length=0), out=out,
+    )  # fmt: skip
+    assert out.isnan().any()
+
+
+CASES = [(1, 1, 0), (1, 1, 1), (1, 1, 63), (1, 1, 130), (4, 3, 64), (8, 7, 200), (16, 16, 3), (64, 50, 40)]
+
+
+def check_grouped(
+    triton: ModuleType, inputs: StepInputs, length: int, sizes: tuple[int, int, int], rows: int, dtype: torch.dtype
+) -> None:
+    (heads, kv_heads, width), count = sizes, int(inputs.count)
+    qkv = randn(inputs.num_tokens, (heads + 2 * kv_heads) * width, dtype=dtype)
+    caches = committed_cache(length, rows, 2 * kv_heads * width, dtype)
+    tables = tables_of(rows, width, dtype)
+    results = [
+        ops.grouped_attention(qkv, cache, *tables, inputs, heads=heads, scaling=width**-0.5)[:count]
+        for ops, cache in zip((triton, reference), caches, strict=True)
+    ]
+    check_results(results, caches, inputs, length + count)
+
+
+def check_latent(
+    triton: ModuleType, inputs: StepInputs, length: int, sizes: tuple[int, int, int], rows: int, dtype: torch.dtype
+) -> None:
+    (heads, rank, rope), count, T, nope = sizes, int(inputs.count), inputs.num_tokens, 6
+    wide = randn(T, 8 + rank + rope, dtype=dtype)  # latents are a slice of a wider product
+    shapes = ((heads, T, rank), (T, heads, nope + rope), (rank,))
+    q_latent, q, norm = (randn(*shape, dtype=dtype) for shape in shapes)
+    caches = committed_cache(length, rows, rank + rope, dtype)
+    given = {"norm": norm, "eps": 1e-6, "scaling": (rank + rope) ** -0.5}
+    results = [
+        ops.latent_attention(q_latent, q, wide[:, 8:], cache, *tables_of(rows, rope, dtype), inputs, **given)[:count]
+        for ops, cache in zip((triton, reference), caches, strict=True)
+    ]
+    check_results(results, caches, inputs, length + count)
+
+
+def check_results(results: list[Tensor], caches: tuple[Tensor, Tensor], inputs: StepInputs, end: int) -> None:
+    assert_close("attention", *results)
+    assert_close("cache", *(cache[:end] for cache in caches))
+    assert caches[0][end:].isnan().all()  # neither padding nor a guess is written
+    assert (inputs.counters == 0).all()
+
+
+@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize(("T", "count", "length"), CASES)
+def test_grouped_attention(triton: ModuleType, T: int, count: int, length: int, tree: bool) -> None:
+    check_grouped(triton, step_inputs(T, length=length, count=count, tree=tree), length, (4, 2, 10), 256, torch.float32)
+
+
+@pytest.mark.parametrize(("T", "count", "length"), CASES)
+def test_latent_attention(triton: ModuleType, T: int, count: int, length: int) -> None:
+    check_latent(triton, step_inputs(T, length=length, count=count, tree=True), length, (3, 12, 4), 256, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [0, 500, 3000])
+@pytest.mark.parametrize(("T", "count"), [(1, 1), (8, 7), (32, 32), (64, 40)])
+def test_attention_at_real_widths(triton: ModuleType, T: int, count: int, length: int, dtype: torch.dtype) -> None:
+    inputs = step_inputs(T, length=length, count=count, tree=True)
+    check_grouped(triton, inputs, length, (16, 4, 128), 4096, dtype)
+    check_latent(triton, inputs, length, (12, 256, 64), 4096, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_at_real_widths(triton: ModuleType, dtype: torch.dtype) -> None:
+    norm = randn(2048, dtype=dtype)
+    for N, D in ((3072, 2048), (10960, 2048), (2048, 10960)):
+        x, weight, up = (randn(*shape, dtype=dtype) / D**0.25 for shape in ((1, D), (N, D), (N, D)))
+        assert_close(f"{N} x {D}", triton.linear(x, weight), reference.linear(x, weight))
+        if len(norm) == D:
+            actual, expected = (ops.norm_linear(x, weight, norm=norm, eps=1e-5, up=up) for ops in (triton, reference))
+            assert_close(f"gated {N} x {D}", actual[0], expected[0])
+
+
+def committed_cache(length: int, rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same twice: random committed rows; others are NaN for kernels, and 0 for the definition, which masks."""
+    cache = torch.zeros(rows, width)
+    cache[:length] = torch.randn(length, width)
+    poisoned = cache.clone()
+    poisoned[length:] = float("nan")
+    return poisoned.to(DEVICE, dtype), cache.to(DEVICE, dtype)
+
+
+def tables_of(rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(rows)[:, None] * torch.logspace(0, -2, width // 2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(DEVICE, dtype), angles.sin().to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("count", [1, 5, 64])
+def test_inputs_from_the_device_are_those_from_the_host(count: int) -> None:
+    parents = [t // 3 - 1 for t in range(count)]
+    tokens = list(range(7, 7 + count))
+    ancestors = torch.eye(count, dtype=torch.bool)
+    for t, parent in enumerate(parents):
+        ancestors[t] |= ancestors[parent] if parent >= 0 else ancestors[t]
+    host, device = StepInputs(64, DEVICE), StepInputs(64, DEVICE)
+    host.fill(5, tokens, parents)
+    device.fill_on_device(5, torch.tensor(tokens, device=DEVICE), ancestors.to(DEVICE))
+    assert torch.equal(host.data, device.data)
+
+
+def test_visible_bits_reach_the_sign() -> None:
+    bits = visible_bits(torch.ones(64, 64).tril().bool())
+    assert bits[0] == 1
+    assert bits[62] == 2**63 - 1
+    assert bits[63] == -1
+    inputs = StepInputs(64, DEVICE)
+    inputs.fill(0, [0] * 64)
+    assert torch.equal(inputs.visible.cpu(), bits)
+
+
+def test_an_unknown_backend_is_an_error() -> None:
+    with pytest.raises(ValueError, match="unknown backend 'fast'"):
+        kernels(DEVICE, "fast")
