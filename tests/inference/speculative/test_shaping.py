@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockffn.inference.speculative.cost import CostModel
-from blockffn.inference.speculative.decode import Settings, speculative_generate
+from blockffn.inference.speculative.decode import Speculation
 from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.estimates import UnionEstimate
 from blockffn.inference.speculative.growth import BestNodes, Budget
@@ -19,7 +19,7 @@ from blockffn.inference.speculative.shaping import CostAwareShaper, Prices, choo
 from blockffn.inference.speculative.tree import DraftTree, chain
 from blockffn.inference.speculative.verify import Verdict
 from blockffn.inference.target import Step
-from tests.inference.speculative.stub_targets import BigramTarget
+from tests.inference.speculative.stub_targets import BigramTarget, decode_losslessly
 from tests.inference.speculative.test_tree import trees
 
 
@@ -85,10 +85,9 @@ def test_decoding_with_a_cost_aware_shaper_is_lossless_and_learns(bigram: Bigram
     draft = BigramTarget(bigram.logits + 0.3 * torch.randn(12, 12))
     drafter = ModelDrafter(draft, vocab_size=12, growth=BestNodes(top_k=4, depth=6, size=40))
     shaper = CostAwareShaper(CostModel(4, 0.2, 0.5, 0.05), num_experts=8)
-    settings = Settings(max_new_tokens=80, check_lossless=True)
-    decoded = speculative_generate(bigram, drafter, torch.tensor([1, 2, 3]), settings, shaper=shaper)
-    assert decoded.difference is None
-    assert 0 < decoded.statistics.report()["tree_size"] < 40
+    statistics = decode_losslessly(bigram, Speculation(drafter, shaper), [1, 2, 3], 80)
+    assert statistics.tree_size is not None
+    assert 0 < statistics.tree_size < 40
     assert shaper.rate is not None
     assert shaper.rate > 0
 

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blockffn.inference.speculative.growth import BestNodes, Budget, Growth
 from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
+from blockffn.models.packed import PackedLinear
+from blockffn.ops.quantization import unpack_rows
 
 if TYPE_CHECKING:
     from blockffn.models.causal_lm import BlockFFNForCausalLM
@@ -144,12 +146,13 @@ class EagleDrafter:
         return out[-1]
 
     def _run(self, tokens: Tensor, hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        device, dtype = hidden.device, hidden.dtype
+        device = hidden.device
+        embeddings = self._embed(tokens.to(device))
         return self._head(
-            self._embed(tokens.to(device))[None],
-            hidden[None],
+            embeddings[None],
+            hidden.to(embeddings.dtype)[None],  # a target may compute in another precision than it stores
             position_ids=positions.to(device)[None],
-            attention_mask=mask.to(device, dtype)[None, None],
+            attention_mask=mask.to(device, embeddings.dtype)[None, None],
             cache=self._cache,
         )[0]
 
@@ -166,13 +169,24 @@ def eagle_drafter(
     With a reduced vocabulary the rows of the head are copied once.
     """
     ids, config = draft.token_ids, model.config
-    head = model.lm_head.weight if ids is None else model.lm_head.weight[ids].detach()
+    head = model.lm_head if ids is None else _rows(model.lm_head, ids, draft.fc.weight.dtype)
     return EagleDrafter(
         draft,
         embed=lambda tokens: model.model.embed_tokens(tokens) * config.scale_emb,
-        logits=lambda output: model.head_input(output) @ head.T,
+        logits=lambda output: head(model.head_input(output)),
         vocab_size=config.vocab_size,
         token_ids=ids,
         growth=growth,
         generator=generator,
     )
+
+
+def _rows(head: nn.Module, ids: Tensor, dtype: torch.dtype) -> nn.Module:
+    """The head for the tokens `ids` alone."""
+    if isinstance(head, PackedLinear):
+        weight = unpack_rows(head.packed, head.layout, ids)
+    else:
+        weight = head.get_parameter("weight").detach()[ids]
+    rows = nn.Linear(weight.shape[1], len(ids), bias=False, device="meta")
+    rows.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    return rows
