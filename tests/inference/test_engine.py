@@ -66,3 +66,14 @@ def test_a_request_is_refused_before_the_stream_begins(engine: Engine) -> None:
         engine.stream("many", max_new_tokens=64)
     with pytest.raises(ValueError, match="unknown setting 'temprature'; choose from"):
         engine.stream("many", temprature=1)
+
+
+def test_a_request_ends_the_stream_before_it(engine: Engine) -> None:
+    stream = engine.stream("many", max_new_tokens=40, seed=2)
+    first = next(iter(stream))
+    assert first
+    text = engine.generate("words ☕", max_new_tokens=20, seed=4).text
+    assert list(stream) == []
+    with pytest.raises(ValueError, match="next request ended it"):
+        _ = stream.completion
+    assert text == engine.generate("words ☕", max_new_tokens=20, seed=4).text

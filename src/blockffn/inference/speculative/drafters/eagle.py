@@ -87,7 +87,7 @@ class EagleDrafter:
         growth: Growth | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        self._head, self._embed, self._logits = head, embed, logits
+        self._head, self._embed, self.logits = head, embed, logits
         self._vocab_size, self._token_ids = vocab_size, token_ids
         self._growth, self._generator = BestNodes() if growth is None else growth, generator
         self.start(torch.empty(0))
@@ -126,7 +126,7 @@ class EagleDrafter:
                 hidden = torch.stack([outputs[tree.parent_list[node]] for node in nodes])
                 out = self._run(tree.tokens[nodes], hidden, known + tree.depth[nodes] - 1, mask)
                 outputs.update(zip(nodes, out))
-            return self._logits(torch.stack([outputs[node] for node in nodes])).float().log_softmax(dim=-1)
+            return self.logits(torch.stack([outputs[node] for node in nodes])).float().log_softmax(dim=-1)
 
         tree = self._growth(
             expand, budget, vocab_size=self._vocab_size, token_ids=self._token_ids, generator=self._generator
