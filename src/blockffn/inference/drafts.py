@@ -52,7 +52,7 @@ def make_speculation(
     automatic = tree == "auto"
     if not automatic and (isinstance(tree, (str, bool)) or tree < 1):
         raise ValueError(f"tree must be 'auto' or a number of draft tokens of at least 1, got {tree!r}")
-    drafter = _drafter(model, draft, LARGEST if automatic else int(tree))
+    drafter = make_drafter(model, draft, size=LARGEST if automatic else int(tree))
     if not automatic:
         return Speculation(drafter, most=Budget(nodes=int(tree), depth=DEEPEST))
     most = Budget(nodes=LARGEST, depth=DEEPEST)
@@ -66,10 +66,13 @@ def make_speculation(
     return Speculation(drafter, shaper, most)
 
 
-def _drafter(model: BlockFFNForCausalLM, draft: Draft, size: int) -> Drafter:
-    growth = BestNodes(top_k=min(size, 8), depth=min(size, 5), size=size)
+def make_drafter(model: BlockFFNForCausalLM, draft: Draft, *, size: int, branches: int = 8) -> Drafter:
+    """The drafter behind `draft`, with trees of `size` nodes; one branch makes chains. Errors as above."""
     if draft == "ngram":
-        return NgramDrafter(depth=min(size, DEEPEST), size=size)
+        return NgramDrafter(depth=min(size, DEEPEST), size=size, branches=min(branches, 4))
+    # Every level of a trained draft's tree is a run of it.
+    depth = size if branches == 1 else min(size, 5)
+    growth = BestNodes(top_k=min(size, branches), depth=depth, size=size)
     if isinstance(draft, DraftModel):
         return eagle_drafter(draft, model, growth=growth)
     if not isinstance(draft, (str, Path)):
@@ -78,8 +81,7 @@ def _drafter(model: BlockFFNForCausalLM, draft: Draft, size: int) -> Drafter:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no draft: give 'ngram', or the folder of a trained draft or of a smaller model")
     if (folder / "config.json").is_file() and is_draft(open_tensors(folder)):
-        return eagle_drafter(
-            load_draft(folder, model.config, dtype=weights.dtype).to(weights.device), model, growth=growth
-        )
+        trained = load_draft(folder, model.config, dtype=weights.dtype).to(weights.device)
+        return eagle_drafter(trained, model, growth=growth)
     small = make_target(load(folder, device=weights.device))
     return ModelDrafter(small, vocab_size=model.config.vocab_size, growth=growth)
