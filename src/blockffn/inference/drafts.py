@@ -80,7 +80,8 @@ def make_drafter(model: BlockFFNForCausalLM, draft: Draft, *, size: int, branche
     folder, weights = Path(draft), model.model.norm.weight
     if not folder.is_dir():
         raise ValueError(f"{folder} is no draft: give 'ngram', or the folder of a trained draft or of a smaller model")
-    if (folder / "config.json").is_file() and is_draft(open_tensors(folder)):
+    folder = model_folder(folder)
+    if is_draft(open_tensors(folder)):
         trained = load_draft(folder, model.config, dtype=weights.dtype).to(weights.device)
         return eagle_drafter(trained, model, growth=growth)
     small = make_target(load(folder, device=weights.device))
