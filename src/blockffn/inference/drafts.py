@@ -21,8 +21,8 @@ from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.models.draft import DraftModel
 
 Draft = str | Path | DraftModel | Drafter
-LARGEST = 32  # nodes that `auto` drafts at most, to cut them by cost
-DEEPEST = 16
+LARGEST, DEEPEST = 63, 16  # draft tokens of a tree, and levels
+LARGEST_BY_COST = 31  # what `auto` drafts, to cut it: with the token before them a power of two
 
 
 def find_draft(path: Path) -> Path | None:
@@ -47,15 +47,15 @@ def make_speculation(
             accepted later.
 
     Raises:
-        ValueError: there is no draft in the folder, it is another model's, or `tree` is neither `auto` nor at least 1.
+        ValueError: there is no draft in the folder, it is another model's, or `tree` is neither `auto` nor 1 to 63.
     """
     automatic = tree == "auto"
-    if not automatic and (isinstance(tree, (str, bool)) or tree < 1):
-        raise ValueError(f"tree must be 'auto' or a number of draft tokens of at least 1, got {tree!r}")
-    drafter = make_drafter(model, draft, size=LARGEST if automatic else int(tree))
+    if not automatic and (isinstance(tree, (str, bool)) or not 1 <= tree <= LARGEST):
+        raise ValueError(f"tree must be 'auto' or a number of draft tokens from 1 to {LARGEST}, got {tree!r}")
+    drafter = make_drafter(model, draft, size=LARGEST_BY_COST if automatic else int(tree))
     if not automatic:
         return Speculation(drafter, most=Budget(nodes=int(tree), depth=DEEPEST))
-    most = Budget(nodes=LARGEST, depth=DEEPEST)
+    most = Budget(nodes=LARGEST_BY_COST, depth=DEEPEST)
     config = model.config
     sparse_layers = 0 if config.ffn_type == "dense" else config.num_hidden_layers - config.first_k_dense_replace
     shaper = CostAwareShaper(

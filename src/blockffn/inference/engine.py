@@ -181,7 +181,8 @@ class Engine:
     ) -> Completion:
         """A request's result, its statistics with those that follow from the model's sizes."""
         config = self.model.config
-        bits = stored_bits_per_weight(self.model, config)
+        # A target that packs weights of its own says how large they are.
+        bits = getattr(self.target, "bits_per_weight", None) or stored_bits_per_weight(self.model, config)
         statistics = generation.statistics.of_model(config, bits_per_weight=bits)
         return Completion(
             prompt, text, prompt_ids, generation.token_ids, generation.finish_reason, statistics, **checked

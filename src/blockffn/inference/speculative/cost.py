@@ -112,8 +112,8 @@ def calibrate(
     """Measure a target for its cost model, in `2 * (rounds + 1) * len(sizes)` calls. It is reset before and after.
 
     Each size is called with different tokens, which use many experts, and with equal ones, which use few: so the cost
-    of an expert shows apart from that of a token. The first call of a size is not counted. After `seconds` each is
-    called once, and that call counts.
+    of an expert shows apart from that of a token. The first call of a size, which may compile or allocate, is not
+    counted. After `seconds` each is called twice only.
     """
     begun = clock()
     generator = torch.Generator().manual_seed(seed)
@@ -133,9 +133,9 @@ def calibrate(
                 float(step.logits[-1, 0])  # waits for a device that works asynchronously
                 times.append(1000 * (clock() - begin))
                 target.commit(torch.empty(0, dtype=torch.int64))
-                if clock() - begun > seconds:
+                if len(times) > 1 and clock() - begun > seconds:
                     break
-            measurements.append(Measurement(size, *union_and_pairs(step), statistics.median(times[1:] or times)))
+            measurements.append(Measurement(size, *union_and_pairs(step), statistics.median(times[1:])))
     target.reset()
     return fit(measurements)
 
