@@ -73,11 +73,10 @@ class DraftTree:
     @cached_property
     def path_log_probs(self) -> Tensor:
         """`[N]` float32: log-probability of a node's whole path from the root."""
-        total = self.log_probs.float().clone()
-        for node, parent in enumerate(self.parent_list):
-            if parent != ROOT:
-                total[node] += total[parent]
-        return total
+        totals: list[float] = []
+        for own, parent in zip(self.log_probs.tolist(), self.parent_list):
+            totals.append(own + (0.0 if parent == ROOT else totals[parent]))
+        return torch.tensor(totals, dtype=torch.float32)
 
     @cached_property
     def ancestors(self) -> Tensor:
