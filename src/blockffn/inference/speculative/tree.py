@@ -98,10 +98,15 @@ class DraftTree:
     def children(self, node: int) -> list[int]:
         return [child for child, parent in enumerate(self.parent_list) if parent == node]
 
-    def behind(self, root: int) -> tuple[Tensor, Tensor]:
-        """Tokens and parents `[N + 1]` with the root's token in front, as a target's `extend` takes them."""
-        front = torch.tensor([root], dtype=torch.int64)
-        return torch.cat((front, self.tokens)), torch.cat((torch.tensor([ROOT]), self.parents + 1))
+    def behind(self, root: int) -> tuple[Tensor, Tensor | None]:
+        """Tokens and parents `[N + 1]` with the root's token in front, as a target's `extend` takes them.
+
+        Parents are `None` for a chain, which costs a target less.
+        """
+        tokens = torch.cat((torch.tensor([root], dtype=torch.int64), self.tokens))
+        if self.parent_list == list(range(-1, len(self) - 1)):
+            return tokens, None
+        return tokens, torch.cat((torch.tensor([ROOT]), self.parents + 1))
 
     def subtree(self, nodes: Tensor) -> DraftTree:
         """The tree of some of its nodes (indices, any order), in the order of the whole.
