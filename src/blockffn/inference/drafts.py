@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from blockffn.checkpoints.draft import is_draft, load_draft
@@ -61,6 +62,7 @@ def make_speculation(
     shaper = CostAwareShaper(
         calibrate(target, seconds=3.0),
         num_experts=max(sparse_layers * config.num_experts, 1),
+        clock=time.perf_counter,
         draft_level=0.0 if isinstance(drafter, NgramDrafter) else milliseconds_per_level(target, drafter, most),
     )
     return Speculation(drafter, shaper, most)

@@ -122,6 +122,31 @@ def test_levels_are_drafted_while_they_are_worth_their_drafting() -> None:
     assert ruinous[49] == 6  # a probing round drafts in full
 
 
+def test_what_a_round_costs_besides_is_learnt_by_the_clock_and_makes_trees_larger() -> None:
+    cost = CostModel(1, 0.5, 0, 0)
+
+    def rounds_of(milliseconds: float) -> tuple[CostAwareShaper, float]:
+        """400 rounds that take so much more than their verification; the mean tree of the last 100."""
+        now, rng, sizes = [0.0], random.Random(1), []
+        shaper = CostAwareShaper(cost, num_experts=1, clock=lambda: now[0], probe_every=10_000)
+        for _ in range(400):
+            shaper.budget(Budget(nodes=20, depth=6))
+            tree = shaper.shape(chain(range(6), [math.log(0.6)] * 6))
+            now[0] += (cost.milliseconds(len(tree) + 1, 1, len(tree) + 1) + milliseconds) / 1000
+            path: list[int] = []
+            while len(path) < len(tree) and rng.random() < 0.6:
+                path.append(len(path))
+            shaper.observe(tree, Verdict(path, 0), Step(torch.empty(len(tree) + 1, 0), torch.empty(len(tree) + 1, 0)))
+            sizes.append(len(tree))
+        return shaper, sum(sizes[-100:]) / 100
+
+    free, small = rounds_of(0.0)
+    busy, large = rounds_of(4.0)
+    assert free.overhead == pytest.approx(0.0, abs=1e-9)
+    assert busy.overhead == pytest.approx(4.0, rel=0.1)
+    assert large > small + 0.5
+
+
 def test_no_experts_at_all_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="1 for a dense model; got 0"):
         CostAwareShaper(FREE, num_experts=0)
