@@ -70,8 +70,8 @@ def generate(
         bool, typer.Option("--check-lossless", help="Decode without drafts as well; exit code 1 if the tokens differ.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    backend: Annotated[str, typer.Option(help="What runs the model: auto or model.")] = "auto",
-    precision: Annotated[str, typer.Option(help="Of what the backend computes with.")] = "auto",
+    backend: Annotated[str, typer.Option(help="What runs the model; auto: the fastest that can.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Of the backend's weights; auto: the model's own.")] = "auto",
     stats: Annotated[bool, typer.Option("--stats", help="Say what the request took and used.")] = False,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write text, tokens and active experts to this file.")

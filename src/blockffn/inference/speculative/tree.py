@@ -46,7 +46,7 @@ class DraftTree:
                 raise ValueError(f"the parent of node {node} must come before it, got {parent}")
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.parent_list)
 
     @cached_property
     def parent_list(self) -> list[int]:
