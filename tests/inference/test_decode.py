@@ -61,7 +61,7 @@ def test_a_sample_is_decided_by_its_seed() -> None:
 @pytest.mark.parametrize(("prompt", "new", "message"), [
     ([], 4, "the prompt has no tokens"),
     ([5, 61], 4, "token 61 of the prompt is outside the vocabulary of 61"),
-    ([5] * 10, 55, "10 prompt tokens and 55 new ones exceed the cache's capacity of 64; ask for at most 54"),
+    ([5] * 10, 56, "10 prompt tokens and 56 new ones exceed the cache's capacity of 64; ask for at most 55"),
     ([5], 0, "max_new_tokens must be at least 1"),
 ])  # fmt: skip
 def test_a_request_that_cannot_be_served_is_refused_before_any_work(prompt: list[int], new: int, message: str) -> None:

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from blockffn.data.tokenizer import train_tokenizer
 from blockffn.inference.engine import Engine
+from blockffn.inference.model_target import ModelTarget
 from tests.models.conftest import tiny_model
 
 
@@ -66,3 +67,25 @@ def test_a_request_is_refused_before_the_stream_begins(engine: Engine) -> None:
         engine.stream("many", max_new_tokens=64)
     with pytest.raises(ValueError, match="unknown setting 'temprature'; choose from"):
         engine.stream("many", temprature=1)
+
+
+def test_a_request_ends_the_stream_before_it(engine: Engine) -> None:
+    stream = engine.stream("many", max_new_tokens=40, seed=2)
+    first = next(iter(stream))
+    assert first
+    text = engine.generate("words ☕", max_new_tokens=20, seed=4).text
+    assert list(stream) == []
+    with pytest.raises(ValueError, match="next request ended it"):
+        _ = stream.completion
+    assert text == engine.generate("words ☕", max_new_tokens=20, seed=4).text
+
+
+def test_bytes_per_token_are_those_of_the_weights_that_the_target_reads(engine: Engine) -> None:
+    class PackedTarget(ModelTarget):
+        bits_per_weight = 8.0
+
+    asked = {"max_new_tokens": 8, "temperature": 0.0}
+    own = Engine(engine.model, engine.tokenizer, target=PackedTarget(engine.model)).generate("many", **asked)
+    whole = engine.generate("many", **asked)
+    assert own.token_ids == whole.token_ids
+    assert own.statistics.weight_bytes_per_token == pytest.approx(whole.statistics.weight_bytes_per_token / 4)

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from blockffn.cli.output import check_json, write_json
 
 if TYPE_CHECKING:
+    from blockffn.inference.speculative.statistics import SpeculationStatistics
     from blockffn.inference.statistics import GenerationStatistics
+
+SHOWN_POSITIONS = 10  # of the drafts; they fit into a line
+
+
+class OptionalValue(TyperCommand):
+    """`--speculative` may stand alone, which the command-line library has no way to say."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        following = [*args[1:], "--"]
+        given = [
+            f"{arg}=auto" if arg == "--speculative" and next_.startswith("-") else arg
+            for arg, next_ in zip(args, following)
+        ]
+        return super().parse_args(ctx, given)
 
 
 def register(app: typer.Typer) -> None:
-    app.command("generate")(generate)
+    app.command("generate", cls=OptionalValue)(generate)
 
 
 def generate(
@@ -38,7 +54,24 @@ def generate(
     threshold: Annotated[
         float | None, typer.Option(help="Skip experts with a routing weight up to this; default: the model's own.")
     ] = None,
+    speculative: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ngram|FOLDER]",
+            help="Draft several tokens a step: by n-grams of the text, or by a trained draft or a smaller model. "
+            "Without a value: by the folder draft in the model's, or else by n-grams.",
+            show_default=False,
+        ),
+    ] = None,
+    tree: Annotated[
+        str, typer.Option(metavar="[auto|N]", help="Draft tokens a step. auto: as many as pay; it measures that first.")
+    ] = "auto",
+    check_lossless: Annotated[
+        bool, typer.Option("--check-lossless", help="Decode without drafts as well; exit code 1 if the tokens differ.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    backend: Annotated[str, typer.Option(help="What runs the model; auto: the fastest that can.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Of the backend's weights; auto: the model's own.")] = "auto",
     stats: Annotated[bool, typer.Option("--stats", help="Say what the request took and used.")] = False,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write text, tokens and active experts to this file.")
@@ -47,17 +80,32 @@ def generate(
     """Continue a prompt, and say how many experts the tokens used.
 
     Example: blockffn generate runs/demo/blockffn --prompt 'def main('
+
+    With drafts: blockffn generate runs/demo/blockffn --prompt 'def main(' --speculative --stats
     """
     from rich.console import Console
 
     from blockffn.evaluation.run import load_run
     from blockffn.evaluation.sample import describe
+    from blockffn.inference.backends import make_target
+    from blockffn.inference.drafts import resolve_draft
     from blockffn.inference.engine import Engine
 
     check_json(json_path)
+    if tree != "auto" and not tree.isdecimal():
+        raise ValueError(f"--tree must be auto or a number of draft tokens, got {tree!r}")
+    if speculative is None and (tree != "auto" or check_lossless):
+        raise ValueError("--tree and --check-lossless go with --speculative")
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False, markup=False)
     text = sys.stdin.read() if prompt == "-" else prompt
     model, tokenizer = load_run(path, device=device, threshold=threshold)
-    engine = Engine(model, tokenizer)
+    draft = None if speculative is None else resolve_draft(path, speculative)
+    if draft is not None:
+        source = "n-grams of the text" if draft == "ngram" else str(draft)
+        alone = f"; {path} has no folder draft" if speculative == "auto" and draft == "ngram" else ""
+        errors.print(f"drafts by {source}{alone}", style="dim", soft_wrap=True)
+    target = make_target(model, backend=backend, precision=precision)
+    engine = Engine(model, tokenizer, target=target, draft=draft, tree=tree if tree == "auto" else int(tree))
     stream = engine.stream(
         text,
         max_new_tokens=max_new_tokens,
@@ -68,8 +116,8 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=stop or (),
+        check_lossless=check_lossless,
     )
-    console = Console(highlight=False)
     console.out(text, style="dim", end="")
     for piece in stream:
         console.out(piece, end="")
@@ -77,28 +125,57 @@ def generate(
     completion = stream.completion
     if json_path is not None:
         write_json(json_path, describe(engine, completion))
-    note = f"{completion.statistics.tokens_per_second:.1f} tokens/s"
-    if completion.statistics.tls is not None:
-        note += f", {100 - completion.statistics.tls:.1f} % of the experts active for a token"
-    errors = Console(stderr=True, highlight=False)
+    statistics = completion.statistics
+    note = f"{statistics.tokens_per_second:.1f} tokens/s"
+    if statistics.speculation is not None and statistics.speculation.acceptance_length is not None:
+        note += f", {statistics.speculation.acceptance_length:.2f} tokens a step"
+    if statistics.tls is not None:
+        note += f", {100 - statistics.tls:.1f} % of the experts active for a token"
     errors.print(note, style="dim")
     if stats:
-        for line in _lines(completion.statistics):
-            errors.print(line, style="dim")
+        for line in _lines(statistics):
+            errors.print(line, style="dim", soft_wrap=True)
+    if completion.difference is not None:
+        errors.print(f"not lossless: {completion.difference}", soft_wrap=True)
+        raise typer.Exit(1)
+    if completion.checked:
+        errors.print(f"lossless: plain decoding gives the same {len(completion.token_ids)} tokens", style="dim")
 
 
 def _lines(statistics: GenerationStatistics) -> list[str]:
     """What `--stats` prints."""
     s = statistics
     decode = f", {s.decode_tokens_per_second:.1f} tokens/s" if s.decode_tokens_per_second else ""
+    drafting = f"{1e3 * s.draft_seconds:.0f} ms of drafting, " if s.speculation is not None else ""
     lines = [
         f"prompt    {s.prompt_tokens} tokens in {1e3 * s.prefill_seconds:.0f} ms, "
         f"{s.prefill_tokens_per_second:.1f} tokens/s",
-        f"new       {s.new_tokens} tokens: {1e3 * s.decode_seconds:.0f} ms of model, "
+        f"new       {s.new_tokens} tokens: {1e3 * s.decode_seconds:.0f} ms of model, {drafting}"
         f"{1e3 * s.sampling_seconds:.0f} ms of sampling{decode}",
     ]
     if s.weight_bytes_per_token is not None:
         lines.append(f"weights   {s.weight_bytes_per_token / 1e6:.2f} MB read per token")
     if s.tls is not None and s.union_share is not None:
         lines.append(f"sparsity  {s.tls:.1f} % (TLS); a step reads {s.union_share:.1f} % of the experts")
+    return lines if s.speculation is None else lines + _acceptance(s.speculation)
+
+
+def _acceptance(s: SpeculationStatistics) -> list[str]:
+    """What became of the drafts: how long the accepted paths are, and how often a position of one is right."""
+    if s.acceptance_length is None or s.tree_size is None:
+        return ["drafts    none: the prompt gave all tokens"]
+    lines = [
+        f"drafts    {s.acceptance_length:.2f} tokens a step (acceptance length) in {s.verifications} steps; "
+        f"{s.tree_size:.1f} draft tokens a step, at most {s.largest_tree}"
+    ]
+    if s.tried:
+        rows = {
+            "position": [str(position) for position in range(1, SHOWN_POSITIONS + 1)],
+            "accepted": [f"{100 * share:.0f} %" for share in s.acceptance_by_depth],
+            "of": [str(tried) for tried in s.tried],
+        }
+        shown = min(len(s.tried), SHOWN_POSITIONS)
+        width = max(len(cell) for cells in rows.values() for cell in cells)
+        for name, cells in rows.items():
+            lines.append(f"{name:10s}" + " ".join(cell.rjust(width) for cell in cells[:shown]))
     return lines

@@ -7,11 +7,12 @@ overwritten by the new tokens. A finished sequence leaves the batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from blockffn.inference.decode import Generation, GenerationSettings, check_finite
+from blockffn.inference.decode import Generation, GenerationSettings, Request, check_finite
 from blockffn.inference.kv_cache import KVCache, window
 from blockffn.inference.model_target import CachedForward
 from blockffn.inference.sampling import choose
@@ -47,9 +48,9 @@ def decode_batch(
     for prompt in prompts:
         check_prompt(prompt, vocab_size=forward.model.config.vocab_size)
         check_fits(len(prompt), settings.max_new_tokens, capacity=capacity)
-    cache = forward.make_cache(max(map(len, prompts)) + settings.max_new_tokens, batch=len(prompts))
+    cache = forward.make_cache(max(map(len, prompts)) + settings.max_new_tokens - 1, batch=len(prompts))
     seconds = dict.fromkeys(PARTS, 0.0)
-    alive = [_Sequence(i, prompt, settings.seed + i, forward.device, seconds) for i, prompt in enumerate(prompts)]
+    alive = [_Sequence(i, prompt, settings, forward.device, seconds, on_token) for i, prompt in enumerate(prompts)]
     finished: dict[int, Generation] = {}
     clock = Recorder(seconds)
     with clock.time("prefill"):
@@ -57,15 +58,14 @@ def decode_batch(
         check_finite(Step(logits, logits))
     while True:
         with clock.time("sampling"):
-            for row, sequence in enumerate(alive):
-                sequence.choose(logits[row], settings)
+            chosen = [sequence.choose(logits[row]) for row, sequence in enumerate(alive)]
         staying = []
         for row, sequence in enumerate(alive):
-            reason = sequence.reason_to_end(settings, on_token)
-            if reason is None:
+            sequence.request.take(chosen[row : row + 1])
+            if sequence.request.finish_reason is None:
                 staying.append(row)
             else:
-                finished[sequence.number] = sequence.generation(reason)
+                finished[sequence.number] = sequence.request.generation()
         if not staying:
             return [finished[i] for i in range(len(prompts))]
         if len(staying) < len(alive):
@@ -76,34 +76,26 @@ def decode_batch(
 
 
 class _Sequence:
-    """One prompt with what has been added to it."""
+    """One prompt of the batch with its own random numbers."""
 
     def __init__(
-        self, number: int, prompt: Sequence[int], seed: int, device: torch.device, seconds: dict[str, float]
+        self,
+        number: int,
+        prompt: Sequence[int],
+        settings: GenerationSettings,
+        device: torch.device,
+        seconds: dict[str, float],
+        on_token: Callable[[int, int], bool | None] | None,
     ) -> None:
-        self.number, self.tokens, self.prompt_tokens = number, list(prompt), len(prompt)
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.recorder = Recorder(seconds)
+        self.number = number
+        receive = None if on_token is None else partial(on_token, number)
+        self.request = Request(prompt, settings, on_token=receive, recorder=Recorder(seconds))
+        self.generator = torch.Generator(device).manual_seed(settings.seed + number)
 
-    def choose(self, logits: Tensor, settings: GenerationSettings) -> None:
-        history = torch.tensor(self.tokens) if settings.repetition_penalty != 1 else None
-        self.tokens.append(choose(logits, history, settings, self.generator))
-
-    def reason_to_end(
-        self, settings: GenerationSettings, on_token: Callable[[int, int], bool | None] | None
-    ) -> str | None:
-        token = self.tokens[-1]
-        stop = on_token is not None and on_token(self.number, token)
-        if token in settings.eos_token_ids:
-            return "eos"
-        if stop:
-            return "stop"
-        return "length" if len(self.tokens) - self.prompt_tokens == settings.max_new_tokens else None
-
-    def generation(self, reason: str) -> Generation:
-        new = self.tokens[self.prompt_tokens :]
-        statistics = self.recorder.statistics(prompt_tokens=self.prompt_tokens, new_tokens=len(new))
-        return Generation(new, reason, statistics)
+    def choose(self, logits: Tensor) -> int:
+        settings = self.request.settings
+        history = torch.tensor(self.request.tokens) if settings.repetition_penalty != 1 else None
+        return choose(logits, history, settings, self.generator)
 
 
 def _prefill(forward: CachedForward, cache: KVCache, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -121,15 +113,15 @@ def _prefill(forward: CachedForward, cache: KVCache, prompts: Sequence[Sequence[
 
 def _step(forward: CachedForward, cache: KVCache, alive: list[_Sequence]) -> Tensor:
     """Run the last token of each sequence; logits `[B, V]`."""
-    tokens = torch.tensor([[sequence.tokens[-1]] for sequence in alive], device=forward.device)
-    ends = [len(sequence.tokens) for sequence in alive]
+    tokens = torch.tensor([[sequence.request.tokens[-1]] for sequence in alive], device=forward.device)
+    ends = [len(sequence.request.tokens) for sequence in alive]
     rows = torch.tensor(ends, device=forward.device).unsqueeze(1) - 1
     hidden, is_active = _run(forward, cache, tokens, rows, size=max(ends))
     logits = forward.logits(hidden[:, -1])
     union = None if is_active is None else is_active.flatten(1, 2).any(dim=1).sum(dim=-1)
     for row, sequence in enumerate(alive):
         active = None if is_active is None else is_active[:, row].sum(dim=-1)
-        sequence.recorder.add(Step(logits[row], hidden[row], union, active), sequences=len(alive))
+        sequence.request.recorder.add(Step(logits[row], hidden[row], union, active), sequences=len(alive))
     return logits
 
 

@@ -1,4 +1,4 @@
-"""The plain loop: one token after the other. What every faster way of decoding must equal."""
+"""Requests, and the plain loop: one token after the other. What every faster way of decoding must equal."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from blockffn.inference.sampling import SamplingSettings, choose
 from blockffn.inference.statistics import GenerationStatistics, Recorder
 from blockffn.inference.target import Step, Target, check_request, prefill
+
+OnToken = Callable[[int], bool | None]
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,66 @@ class Generation:
     statistics: GenerationStatistics
 
 
+class Request:
+    """One prompt that is being continued, by whichever loop.
+
+    Args:
+        on_token: called with each new token; the text ends when it returns `True`.
+        recorder: of times and steps; default: one of its own.
+
+    Attributes:
+        tokens: the prompt's and the new ones.
+        finish_reason: `None` while the text goes on; see `Generation`.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        settings: GenerationSettings,
+        *,
+        on_token: OnToken | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.prompt_ids, self.settings = list(prompt_ids), settings
+        self.recorder = Recorder() if recorder is None else recorder
+        self.tokens = list(prompt_ids)
+        self.finish_reason: str | None = None
+        self._on_token = on_token
+
+    @property
+    def new(self) -> list[int]:
+        return self.tokens[len(self.prompt_ids) :]
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still come."""
+        return self.settings.max_new_tokens - len(self.tokens) + len(self.prompt_ids)
+
+    def take(self, tokens: Sequence[int]) -> int:
+        """Add tokens until the text ends; returns how many were added."""
+        for count, token in enumerate(tokens, start=1):
+            self.tokens.append(token)
+            stop = self._on_token is not None and self._on_token(token)
+            if token in self.settings.eos_token_ids:
+                self.finish_reason = "eos"
+            elif stop:
+                self.finish_reason = "stop"
+            elif not self.left:
+                self.finish_reason = "length"
+            if self.finish_reason is not None:
+                return count
+        return len(tokens)
+
+    def generation(self) -> Generation:
+        """What came of it, once it has ended."""
+        assert self.finish_reason is not None
+        new = self.new
+        statistics = self.recorder.statistics(prompt_tokens=len(self.prompt_ids), new_tokens=len(new))
+        return Generation(new, self.finish_reason, statistics)
+
+
 def generate(
-    target: Target,
-    prompt_ids: Sequence[int],
-    settings: GenerationSettings,
-    *,
-    on_token: Callable[[int], bool | None] | None = None,
+    target: Target, prompt_ids: Sequence[int], settings: GenerationSettings, *, on_token: OnToken | None = None
 ) -> Generation:
     """Continue a prompt, one token after the other.
 
@@ -55,41 +112,46 @@ def generate(
             numbers.
     """
     check_request(target, prompt_ids, settings.max_new_tokens)
-    recorder, new, reason = Recorder(), list[int](), "length"
-    for token in decode(target, prompt_ids, settings, recorder):
-        new.append(token)
-        stop = on_token is not None and on_token(token)
-        if token in settings.eos_token_ids:
-            reason = "eos"
-        elif stop:
-            reason = "stop"
-        if reason != "length":
-            break
-    return Generation(new, reason, recorder.statistics(prompt_tokens=len(prompt_ids), new_tokens=len(new)))
+    request = Request(prompt_ids, settings, on_token=on_token)
+    for _ in decode(target, request):
+        pass
+    return request.generation()
 
 
 def decode(
-    target: Target, prompt_ids: Sequence[int], settings: GenerationSettings, recorder: Recorder
-) -> Iterator[int]:
-    """New tokens as they come, `max_new_tokens` of them; the one who takes them decides when to stop earlier."""
-    target.reset()
-    with recorder.time("prefill"):
-        step = prefill(target, torch.tensor(prompt_ids))
-        check_finite(step)
-    history = list(prompt_ids)
+    target: Target, request: Request, *, on_logits: Callable[[Tensor], None] | None = None
+) -> Iterator[list[int]]:
+    """Continue a request to its end; gives its new tokens as they come, one at a time.
+
+    Args:
+        on_logits: called with the logits `[V]` that the next token is chosen by.
+    """
+    settings, recorder = request.settings, request.recorder
+    step = begin(target, request)
     generator = torch.Generator(step.logits.device).manual_seed(settings.seed)
-    one = torch.arange(1)
-    for count in range(settings.max_new_tokens):
-        if count:
-            with recorder.time("decode"):
-                step = target.extend(torch.tensor(history[-1:]))
-                target.commit(one)
-            recorder.add(step)
+    while True:
+        if on_logits is not None:
+            on_logits(step.logits[-1])
         with recorder.time("sampling"):
-            occurred = torch.tensor(history) if settings.repetition_penalty != 1 else None
+            occurred = torch.tensor(request.tokens) if settings.repetition_penalty != 1 else None
             token = choose(step.logits[-1], occurred, settings, generator)
-        history.append(token)
-        yield token
+        request.take([token])
+        yield [token]
+        if request.finish_reason is not None:
+            return
+        with recorder.time("decode"):
+            step = target.extend(torch.tensor([token]))
+            target.commit(torch.arange(1))
+        recorder.add(step)
+
+
+def begin(target: Target, request: Request) -> Step:
+    """Run the prompt on an empty cache. Raises `ValueError` if the logits are not numbers."""
+    target.reset()
+    with request.recorder.time("prefill"):
+        step = prefill(target, torch.tensor(request.prompt_ids))
+        check_finite(step)
+    return step
 
 
 def check_finite(step: Step) -> None:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from blockffn.configuration import BlockFFNConfig
+from blockffn.inference.speculative.statistics import SpeculationStatistics
 from blockffn.inference.target import Step
 from blockffn.metrics.cost import parameter_counts, weight_bytes_per_token
 
-PARTS = ("prefill", "decode", "sampling")
+PARTS = ("prefill", "draft", "decode", "sampling")
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,17 @@ class GenerationStatistics:
 
     Attributes:
         steps: runs of the model after the prompt.
+        draft_seconds: of proposing tokens. decode_seconds: of the model. sampling_seconds: of choosing tokens, and of
+            accepting drafts.
         sequences: how many shared a step, on average.
-        active_experts: experts per token and layer, mean over the tokens of these steps; `None` for dense models.
+        speculation: what became of the drafts; `None` for plain decoding.
+        active_experts: experts per token and layer, mean over the tokens of these steps, drafts included; `None` for
+            dense models.
         union_experts: experts per step and layer that its tokens activate together, mean over the steps.
         tls: token-level sparsity of these tokens in percent. With the two below known where the model is.
         union_share: `union_experts` in percent of the experts.
-        weight_bytes_per_token: bytes of weights that the steps read, for each new token that came of them.
+        weight_bytes_per_token: bytes of weights that the steps read, for each new token that came of them; without a
+            draft's own.
     """
 
     prompt_tokens: int
@@ -38,7 +44,9 @@ class GenerationStatistics:
     prefill_seconds: float
     decode_seconds: float
     sampling_seconds: float
+    draft_seconds: float = 0.0
     sequences: float = 1.0
+    speculation: SpeculationStatistics | None = None
     active_experts: float | None = None
     union_experts: float | None = None
     tls: float | None = None
@@ -47,7 +55,11 @@ class GenerationStatistics:
 
     @property
     def seconds(self) -> float:
-        return self.prefill_seconds + self.decode_seconds + self.sampling_seconds
+        return self.prefill_seconds + self._later_seconds
+
+    @property
+    def _later_seconds(self) -> float:
+        return self.draft_seconds + self.decode_seconds + self.sampling_seconds
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -55,9 +67,9 @@ class GenerationStatistics:
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """New tokens but the first, which is the prompt's, by the time of steps and sampling; `None` for one token."""
+        """New tokens but the first, which is the prompt's, by the time after the prompt; `None` for one token."""
         later = self.new_tokens - 1
-        return later / (self.decode_seconds + self.sampling_seconds) if later else None
+        return later / self._later_seconds if later else None
 
     @property
     def tokens_per_second(self) -> float:
@@ -80,7 +92,8 @@ class GenerationStatistics:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, rates included."""
         rates = ("seconds", "tokens_per_second", "prefill_tokens_per_second", "decode_tokens_per_second")
-        return asdict(self) | {name: getattr(self, name) for name in rates}
+        values = asdict(self) | {name: getattr(self, name) for name in rates}
+        return values | {"speculation": None if self.speculation is None else self.speculation.to_dict()}
 
 
 @dataclass
@@ -90,6 +103,7 @@ class Recorder:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     steps: int = 0
     served: int = 0
+    speculation: SpeculationStatistics | None = None
     _active: list[Tensor] = field(default_factory=list)
     _union: list[Tensor] = field(default_factory=list)
 
@@ -116,6 +130,7 @@ class Recorder:
             new_tokens=new_tokens,
             steps=self.steps,
             sequences=self.served / self.steps if self.steps else 1.0,
+            speculation=self.speculation,
             **{f"{part}_seconds": self.seconds[part] for part in PARTS},
             active_experts=float(torch.cat(self._active, dim=1).double().mean()) if self._active else None,
             union_experts=float(torch.stack(self._union).double().mean()) if self._union else None,

@@ -104,12 +104,20 @@ def check_prompt(prompt_ids: Sequence[int], *, vocab_size: int) -> None:
 
 
 def check_fits(prompt_tokens: int, max_new_tokens: int, *, capacity: int) -> None:
-    """Raise `ValueError` if prompt and new tokens exceed a cache of `capacity` tokens."""
+    """Raise `ValueError` if prompt and new tokens exceed a cache of `capacity` tokens.
+
+    The last new token is never run, so it needs no room.
+    """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if prompt_tokens + max_new_tokens > capacity:
+    if prompt_tokens > capacity:
+        raise ValueError(
+            f"a prompt of {prompt_tokens} tokens exceeds the cache's capacity of {capacity}; shorten it, or give the "
+            "engine a larger capacity if the model's context allows it"
+        )
+    if prompt_tokens + max_new_tokens - 1 > capacity:
         raise ValueError(
             f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the cache's capacity of {capacity}; "
-            f"ask for at most {max(capacity - prompt_tokens, 0)} new tokens, shorten the prompt, or give the engine a "
+            f"ask for at most {capacity - prompt_tokens + 1} new tokens, shorten the prompt, or give the engine a "
             "larger capacity if the model's context allows it"
         )

@@ -86,3 +86,35 @@ class StopStrings:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Writer:
+    """The text of one request, from its tokens, up to the first stop string.
+
+    Attributes:
+        text: what can be shown so far.
+
+    Raises:
+        ValueError: an empty stop string.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], *, stops: Sequence[str] = ()
+    ) -> None:
+        self.text = ""
+        self._detokenizer, self._stops = Detokenizer(tokenizer, prompt_ids), StopStrings(stops)
+        self._shown = 0
+
+    def add(self, token: int) -> bool:
+        """Write a token; says whether a stop string has ended the text."""
+        self.text += self._stops.add(self._detokenizer.add(token))
+        return self._stops.found is not None
+
+    def finish(self) -> None:
+        """Write what was held back."""
+        self.text += self._stops.add(self._detokenizer.finish()) + self._stops.finish()
+
+    def take(self) -> str:
+        """What was written since the last call."""
+        piece, self._shown = self.text[self._shown :], len(self.text)
+        return piece

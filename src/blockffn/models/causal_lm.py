@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -270,6 +270,13 @@ class BlockFFNForCausalLM(BlockFFNPreTrainedModel, GenerationMixin):
     def head_input(self, hidden_states: Tensor) -> Tensor:
         """Final hidden states `[..., D]` as the head wants them: divided by the width multiplier."""
         return hidden_states / self.config.width_multiplier
+
+    def _get_candidate_generator(self, *args: Any, assistant_model: Any = None, **kwargs: Any) -> Any:
+        """What `generate(assistant_model=…)` asks for drafts: the assistant itself, if it can make them."""
+        make = getattr(assistant_model, "make_candidates", None)
+        if make is None:
+            return cast(Any, super())._get_candidate_generator(*args, assistant_model=assistant_model, **kwargs)
+        return make(kwargs["generation_config"], kwargs["model_kwargs"].get(CACHE_NAME))
 
     def forward(
         self,

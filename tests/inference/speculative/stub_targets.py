@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blockffn.inference.decode import GenerationSettings, generate
+from blockffn.inference.speculative.decode import Speculation, speculative_generate
 from blockffn.inference.speculative.growth import Budget
+from blockffn.inference.speculative.statistics import SpeculationStatistics
 from blockffn.inference.speculative.tree import DraftTree, chain
-from blockffn.inference.target import Step
+from blockffn.inference.target import Step, Target
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 
 
@@ -116,3 +119,14 @@ class OracleDrafter:
             spoilt = [(len(context) + i) % self.wrong_every == 0 for i in range(len(tokens))]
             tokens = [(t + 1) % self.vocab_size if bad else t for t, bad in zip(tokens, spoilt)]
         return chain(tokens)
+
+
+def decode_losslessly(
+    target: Target, speculation: Speculation, prompt: list[int], max_new_tokens: int
+) -> SpeculationStatistics:
+    """Decode greedily with drafts and without, which must be the same; what became of the drafts."""
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=0.0)
+    decoded = speculative_generate(target, speculation, prompt, settings)
+    assert decoded.token_ids == generate(target, prompt, settings).token_ids
+    assert decoded.statistics.speculation is not None
+    return decoded.statistics.speculation

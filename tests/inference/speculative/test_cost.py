@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from blockffn.inference.speculative.cost import CostModel, Measurement, calibrate, fit
+from blockffn.inference.speculative.cost import CostModel, Measurement, calibrate, fit, milliseconds_per_level
+from blockffn.inference.speculative.drafters.model import ModelDrafter
+from blockffn.inference.speculative.growth import BestNodes, Budget
 from blockffn.inference.target import Step
 from tests.inference.speculative.stub_targets import BigramTarget
 
@@ -76,3 +78,28 @@ def test_calibration_recovers_the_cost_of_a_target() -> None:
 def test_calibration_fits_into_a_small_cache() -> None:
     target = TimedTarget(torch.randn(40, 40), capacity=20)
     assert calibrate(target, clock=lambda: target.seconds).fixed > 0
+
+
+def test_a_slow_target_is_called_twice_a_size_and_the_first_call_does_not_count() -> None:
+    class Compiling(TimedTarget):
+        """Takes a second more when it is first called with so many tokens."""
+
+        def compute(self, tokens: Tensor, parents: Tensor) -> Step:
+            self.seconds += len(tokens) not in self.calls[:-1]
+            return super().compute(tokens, parents)
+
+    target = Compiling(torch.randn(40, 40))
+    model = calibrate(target, seconds=0.5, clock=lambda: target.seconds)
+    assert len(target.calls) == 1 + 2 * 2 * 6
+    assert model.milliseconds(8, 5, 16) == pytest.approx(TRUE.milliseconds(8, 5, 16), rel=0.01)
+
+
+def test_levels_of_a_draft_are_timed() -> None:
+    target = TimedTarget(torch.randn(40, 40), capacity=50)
+    draft = TimedTarget(torch.randn(40, 40))
+    drafter = ModelDrafter(draft, vocab_size=40, growth=BestNodes(top_k=1, depth=4, size=4))
+    found = milliseconds_per_level(target, drafter, Budget(nodes=31, depth=16), clock=lambda: draft.seconds)
+    # A level runs the chain so far, and the first the new token of the text as well.
+    chains = sum(TRUE.milliseconds(tokens, 2 * tokens, 2 * tokens) for tokens in range(1, 5))
+    assert 0.5 * chains / 4 < found < 2 * chains / 4
+    assert target.length == 0

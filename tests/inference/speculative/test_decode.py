@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from blockffn.inference.speculative.decode import Settings, plain_generate, speculative_generate
+from blockffn.inference.decode import Generation, GenerationSettings, generate
+from blockffn.inference.speculative.decode import Shaper, Speculation, speculative_generate
 from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.drafters.ngram import NgramDrafter
 from blockffn.inference.speculative.growth import BestNodes, Budget, DrawnNodes
+from blockffn.inference.speculative.lossless import Difference, first_difference
+from blockffn.inference.speculative.statistics import SpeculationStatistics
 from blockffn.inference.speculative.tree import DraftTree
-from blockffn.inference.target import Step
+from blockffn.inference.target import Step, Target
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from tests.inference.speculative.stub_targets import BigramTarget, OracleDrafter, RecomputingTarget
 
-PROMPT = torch.tensor([3, 1, 4, 1, 5])
+PROMPT = [3, 1, 4, 1, 5]
 
 
-def softmax(logits: Tensor, history: Tensor) -> Tensor:
-    return logits.softmax(dim=-1)
+def greedy(max_new_tokens: int, **settings: Any) -> GenerationSettings:
+    return GenerationSettings(max_new_tokens=max_new_tokens, temperature=0.0, **settings)
+
+
+def speculate(
+    target: Target, drafter: Drafter, settings: GenerationSettings, *, shaper: Shaper | None = None, **options: Any
+) -> Generation:
+    return speculative_generate(target, Speculation(drafter, shaper), PROMPT, settings, **options)
+
+
+def counts(generation: Generation) -> SpeculationStatistics:
+    assert generation.statistics.speculation is not None
+    return generation.statistics.speculation
+
+
+def difference(target: Target, drafter: Drafter, settings: GenerationSettings, **options: Any) -> Difference | None:
+    return first_difference(target, PROMPT, settings, speculate(target, drafter, settings, **options))
 
 
 def noisy_copy(target: BigramTarget, noise: float = 0.5) -> BigramTarget:
@@ -47,39 +66,41 @@ NAMES = ["always right", "never right", "sometimes right", "n-gram", "model", "d
 
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_output_is_the_plain_loops_with_any_drafter(name: str, bigram: BigramTarget) -> None:
-    settings = Settings(max_new_tokens=30)
-    plain = plain_generate(bigram, PROMPT, settings)
-    drafter = drafters(bigram, [*PROMPT.tolist(), *plain.tokens])[name]
-    decoded = speculative_generate(bigram, drafter, PROMPT, settings)
-    assert decoded.tokens == plain.tokens
-    assert bigram.committed == [*PROMPT.tolist(), *plain.tokens[:-1]]
-    assert decoded.reason == "length"
+    plain = generate(bigram, PROMPT, greedy(30))
+    drafter = drafters(bigram, PROMPT + plain.token_ids)[name]
+    decoded = speculate(bigram, drafter, greedy(30))
+    assert decoded.token_ids == plain.token_ids
+    assert bigram.committed == PROMPT + plain.token_ids[:-1]
+    assert decoded.finish_reason == "length"
 
 
 @pytest.mark.parametrize("name", NAMES[:-1])
 def test_sampling_with_a_seed_is_the_plain_loops_too_where_trees_are_without_chance(
     name: str, bigram: BigramTarget
 ) -> None:
-    settings = Settings(max_new_tokens=30, probabilities=softmax, seed=4)
-    plain = plain_generate(bigram, PROMPT, settings)
-    drafter = drafters(bigram, [*PROMPT.tolist(), *plain.tokens])[name]
-    assert speculative_generate(bigram, drafter, PROMPT, settings).tokens == plain.tokens
+    settings = GenerationSettings(max_new_tokens=30, temperature=1.0, top_p=0.9, top_k=8, seed=4)
+    plain = generate(bigram, PROMPT, settings).token_ids
+    drafter = drafters(bigram, PROMPT + plain)[name]
+    assert speculate(bigram, drafter, settings).token_ids == plain
 
 
-def never_again(logits: Tensor, history: Tensor) -> Tensor:
-    """Sampling among the tokens that have not occurred in the last eight."""
-    return logits.index_fill(0, history[-8:], -torch.inf).softmax(dim=-1)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("name", NAMES[:-1])
+def test_the_repetition_penalty_sees_the_path_as_text(name: str, temperature: float, bigram: BigramTarget) -> None:
+    settings = GenerationSettings(max_new_tokens=30, temperature=temperature, repetition_penalty=1.7, seed=2)
+    plain = generate(bigram, PROMPT, settings).token_ids
+    assert plain != generate(bigram, PROMPT, replace(settings, repetition_penalty=1.0)).token_ids
+    drafter = drafters(bigram, PROMPT + plain)[name]
+    decoded = speculate(bigram, drafter, settings)
+    assert decoded.token_ids == plain
+    if name == "always right":
+        assert counts(decoded).verifications == 5
 
 
-@pytest.mark.parametrize("name", ["always right", "sometimes right", "model"])
-def test_probabilities_that_depend_on_the_text_see_the_path_as_text(name: str, bigram: BigramTarget) -> None:
-    settings = Settings(max_new_tokens=30, probabilities=never_again, check_lossless=True)
-    plain = plain_generate(bigram, PROMPT, settings).tokens
-    assert all(token not in plain[max(i - 8, 0) : i] for i, token in enumerate(plain))
-    drafter = drafters(bigram, [*PROMPT.tolist(), *plain])[name]
-    decoded = speculative_generate(bigram, drafter, PROMPT, settings)
-    assert decoded.difference is None
-    assert decoded.statistics.verifications < 29
+def test_a_greedy_target_is_plain_with_drawn_trees_and_a_penalty(bigram: BigramTarget) -> None:
+    settings = greedy(30, repetition_penalty=1.7)
+    drafter = drafters(bigram, [])["drawing model"]
+    assert speculate(bigram, drafter, settings).token_ids == generate(bigram, PROMPT, settings).token_ids
 
 
 @pytest.mark.parametrize("tree", [BestNodes(top_k=2, depth=3, size=6), BestNodes(top_k=1, depth=3, size=3)])
@@ -87,99 +108,120 @@ def test_a_real_model_over_a_tree_gives_its_own_greedy_text(tree: BestNodes, tin
     target = RecomputingTarget(tiny)
     # Drafting for itself accepts everything, with the tree mask and the positions right.
     drafter = ModelDrafter(RecomputingTarget(tiny), vocab_size=target.vocab_size, growth=tree)
-    decoded = speculative_generate(target, drafter, PROMPT, Settings(max_new_tokens=12, check_lossless=True))
-    assert decoded.checked
-    assert decoded.difference is None
-    assert decoded.statistics.report()["acceptance_by_depth"] == [1.0, 1.0, 1.0]
+    decoded = speculate(target, drafter, greedy(12))
+    assert counts(decoded).acceptance_by_depth == [1.0, 1.0, 1.0]
+    assert first_difference(target, PROMPT, greedy(12), decoded) is None
 
 
 def test_an_oracle_takes_one_call_for_six_tokens(bigram: BigramTarget) -> None:
-    settings = Settings(max_new_tokens=25)
-    text = plain_generate(bigram, PROMPT, settings).tokens
-    drafter = OracleDrafter([*PROMPT.tolist(), *text], bigram.vocab_size, wrong_every=0, length=5)
-    report = speculative_generate(bigram, drafter, PROMPT, settings).statistics.report(num_experts=8)
-    assert report["verifications"] == 4  # one token comes from the prompt, then six a call
+    text = generate(bigram, PROMPT, greedy(25)).token_ids
+    drafter = OracleDrafter(PROMPT + text, bigram.vocab_size, wrong_every=0, length=5)
+    statistics = speculate(bigram, drafter, greedy(25)).statistics
+    assert statistics.steps == 4  # one token comes from the prompt, then six a call
+    assert statistics.speculation is not None
+    report = statistics.speculation.to_dict()
+    assert report["verifications"] == 4
     assert report["acceptance_length"] == 6
     assert report["acceptance_by_depth"] == [1.0] * 5
+    assert report["offered_by_depth"] == [4] * 5
     assert report["largest_tree"] == report["tree_size"] == 5
-    assert 0 < report["union_share"] <= 1
-    assert all(seconds >= 0 for seconds in report["seconds"].values())
+    assert statistics.active_experts is not None
+    assert statistics.union_experts is not None
+    assert 0 < statistics.active_experts <= statistics.union_experts <= 8
+    parts = (statistics.prefill_seconds, statistics.draft_seconds, statistics.decode_seconds)
+    assert statistics.seconds == pytest.approx(sum(parts) + statistics.sampling_seconds)
+    assert min(parts) > 0
+    assert statistics.to_dict()["speculation"] == report
 
 
 def test_a_drafter_that_is_never_right_costs_no_token(bigram: BigramTarget) -> None:
-    text = plain_generate(bigram, PROMPT, Settings(max_new_tokens=10)).tokens
-    drafter = OracleDrafter([*PROMPT.tolist(), *text], bigram.vocab_size, wrong_every=1)
-    report = speculative_generate(bigram, drafter, PROMPT, Settings(max_new_tokens=10)).statistics.report()
-    assert report["acceptance_length"] == 1
-    assert report["acceptance_by_depth"] == [0.0]
+    text = generate(bigram, PROMPT, greedy(10)).token_ids
+    drafter = OracleDrafter(PROMPT + text, bigram.vocab_size, wrong_every=1)
+    report = counts(speculate(bigram, drafter, greedy(10)))
+    assert report.acceptance_length == 1
+    assert report.acceptance_by_depth == [0.0]
 
 
 def test_the_drafter_observes_exactly_what_is_committed(bigram: BigramTarget) -> None:
-    settings = Settings(max_new_tokens=17)
-    text = plain_generate(bigram, PROMPT, settings).tokens
-    drafter = OracleDrafter([*PROMPT.tolist(), *text], bigram.vocab_size, wrong_every=4)
-    speculative_generate(bigram, drafter, PROMPT, settings)
+    text = generate(bigram, PROMPT, greedy(17)).token_ids
+    drafter = OracleDrafter(PROMPT + text, bigram.vocab_size, wrong_every=4)
+    speculate(bigram, drafter, greedy(17))
     assert drafter.observed == bigram.committed
 
 
 @pytest.mark.parametrize("limit", range(1, 9))
 def test_exactly_as_many_tokens_as_asked(limit: int, bigram: BigramTarget) -> None:
-    text = plain_generate(bigram, PROMPT, Settings(max_new_tokens=40)).tokens
-    drafter = OracleDrafter([*PROMPT.tolist(), *text], bigram.vocab_size, wrong_every=0)
-    assert speculative_generate(bigram, drafter, PROMPT, Settings(max_new_tokens=limit)).tokens == text[:limit]
+    text = generate(bigram, PROMPT, greedy(40)).token_ids
+    drafter = OracleDrafter(PROMPT + text, bigram.vocab_size, wrong_every=0)
+    assert speculate(bigram, drafter, greedy(limit)).token_ids == text[:limit]
 
 
 @pytest.mark.parametrize("end", range(6))
 def test_a_text_ends_with_an_end_token_inside_an_accepted_block(end: int) -> None:
     target = BigramTarget(torch.eye(12).roll(1, dims=1))  # counts upwards
     text = [6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4]
-    drafter = OracleDrafter([*PROMPT.tolist(), *text], 12, wrong_every=0)
-    decoded = speculative_generate(target, drafter, PROMPT, Settings(max_new_tokens=11, end_tokens=[text[end]]))
-    assert decoded.tokens == text[: end + 1]
-    assert decoded.reason == "end"
-    assert target.committed == [*PROMPT.tolist(), *text[:end]]
+    drafter = OracleDrafter(PROMPT + text, 12, wrong_every=0)
+    decoded = speculate(target, drafter, greedy(11, eos_token_ids=(text[end],)))
+    assert decoded.token_ids == text[: end + 1]
+    assert decoded.finish_reason == "eos"
+    assert target.committed == PROMPT + text[:end]
+
+
+@pytest.mark.parametrize("end", range(6))
+def test_a_receiver_can_end_the_text_inside_an_accepted_block(end: int) -> None:
+    target = BigramTarget(torch.eye(12).roll(1, dims=1))
+    text = [6, 7, 8, 9, 10, 11, 0, 1, 2, 3, 4]
+    drafter = OracleDrafter(PROMPT + text, 12, wrong_every=0)
+    seen: list[int] = []
+
+    def take(token: int) -> bool:
+        seen.append(token)
+        return token == text[end]
+
+    decoded = speculate(target, drafter, greedy(11), on_token=take)
+    assert decoded.token_ids == seen == text[: end + 1]
+    assert decoded.finish_reason == "stop"
+    assert first_difference(target, PROMPT, greedy(11), decoded) is None
 
 
 def test_trees_shrink_where_the_cache_ends(bigram: BigramTarget) -> None:
-    settings = Settings(max_new_tokens=20)
-    plain = plain_generate(bigram, PROMPT, settings)
+    plain = generate(bigram, PROMPT, greedy(20))
     full = BigramTarget(bigram.logits, capacity=len(PROMPT) + 19)
     drafter = ModelDrafter(noisy_copy(bigram), vocab_size=12, growth=BestNodes(top_k=4, depth=4, size=12))
-    decoded = speculative_generate(full, drafter, PROMPT, settings)  # the stub fails on a call too many
-    assert decoded.tokens == plain.tokens
-    assert decoded.statistics.largest_tree == 12
+    decoded = speculate(full, drafter, greedy(20))  # the stub fails on a call too many
+    assert decoded.token_ids == plain.token_ids
+    assert counts(decoded).largest_tree == 12
 
 
 def test_a_draft_model_with_a_full_cache_falls_silent(bigram: BigramTarget) -> None:
     small = BigramTarget(bigram.logits, capacity=len(PROMPT) + 6)
     drafter = ModelDrafter(small, vocab_size=12, growth=BestNodes(top_k=2, depth=3, size=6))
-    settings = Settings(max_new_tokens=30, check_lossless=True)
-    assert speculative_generate(bigram, drafter, PROMPT, settings).difference is None
+    assert difference(bigram, drafter, greedy(30)) is None
 
 
-def test_what_does_not_fit_is_refused_before_any_work(bigram: BigramTarget) -> None:
+@pytest.mark.parametrize("speculative", [False, True])
+def test_all_but_the_last_new_token_must_fit(speculative: bool, bigram: BigramTarget) -> None:
     target = BigramTarget(bigram.logits, capacity=10)
+
+    def tokens(settings: GenerationSettings) -> list[int]:
+        if speculative:
+            return speculate(target, NgramDrafter(), settings).token_ids
+        return generate(target, PROMPT, settings).token_ids
+
     with pytest.raises(ValueError, match="ask for at most 6 new tokens"):
-        speculative_generate(target, NgramDrafter(), PROMPT, Settings(max_new_tokens=7))
+        tokens(greedy(7))
     assert target.calls == []
-    assert len(speculative_generate(target, NgramDrafter(), PROMPT, Settings(max_new_tokens=6)).tokens) == 6
+    assert len(tokens(greedy(6))) == 6
 
 
-@pytest.mark.parametrize(("prompt", "settings", "message"), [
-    (PROMPT[:0], {}, "prompt is empty"), (PROMPT, {"max_new_tokens": 0}, "at least 1"),
+@pytest.mark.parametrize(("prompt", "new", "message"), [
+    ([], 4, "prompt has no tokens"), (PROMPT, 0, "at least 1"), ([12], 4, "outside the vocabulary of 12"),
+    (PROMPT * 3, 1, "a prompt of 15 tokens exceeds the cache's capacity of 10; shorten it"),
 ])  # fmt: skip
-def test_mistakes_are_named(prompt: Tensor, settings: dict[str, Any], message: str, bigram: BigramTarget) -> None:
+def test_mistakes_are_named(prompt: list[int], new: int, message: str, bigram: BigramTarget) -> None:
+    target = BigramTarget(bigram.logits, capacity=10)
     with pytest.raises(ValueError, match=message):
-        speculative_generate(bigram, NgramDrafter(), prompt, Settings(**settings))
-
-
-def test_every_block_is_streamed_at_once(bigram: BigramTarget) -> None:
-    text = plain_generate(bigram, PROMPT, Settings(max_new_tokens=14)).tokens
-    drafter = OracleDrafter([*PROMPT.tolist(), *text], bigram.vocab_size, wrong_every=0)
-    blocks: list[list[int]] = []
-    speculative_generate(bigram, drafter, PROMPT, Settings(max_new_tokens=14), on_tokens=blocks.append)
-    assert [len(block) for block in blocks] == [1, 6, 6, 1]
-    assert [token for block in blocks for token in block] == text
+        speculative_generate(target, Speculation(NgramDrafter()), prompt, greedy(new))
 
 
 class CarelessTarget(BigramTarget):
@@ -194,25 +236,31 @@ class CarelessTarget(BigramTarget):
 
 def test_a_target_that_is_not_lossless_is_caught_and_the_first_difference_named(bigram: BigramTarget) -> None:
     target = CarelessTarget(bigram.logits)
-    plain = plain_generate(target, PROMPT, Settings(max_new_tokens=16)).tokens
-    drafter = OracleDrafter([*PROMPT.tolist(), *plain], 12, wrong_every=2)
-    decoded = speculative_generate(target, drafter, PROMPT, Settings(max_new_tokens=16, check_lossless=True))
-    difference = decoded.difference
-    assert difference is not None
-    assert difference.position == next(i for i, (a, b) in enumerate(zip(decoded.tokens, plain)) if a != b)
-    assert difference.plain == plain[difference.position]
-    assert difference.margin is not None
-    assert difference.margin > 0
-    assert f"differ first at new token {difference.position}" in str(difference)
+    plain = generate(target, PROMPT, greedy(16)).token_ids
+    drafter = OracleDrafter(PROMPT + plain, 12, wrong_every=2)
+    decoded = speculate(target, drafter, greedy(16))
+    found = first_difference(target, PROMPT, greedy(16), decoded)
+    assert found is not None
+    assert found.position == next(i for i, (a, b) in enumerate(zip(decoded.token_ids, plain)) if a != b)
+    assert (found.speculative, found.plain) == (decoded.token_ids[found.position], plain[found.position])
+    assert found.margin is not None
+    assert found.margin > 0
+    assert f"differ first at new token {found.position}" in str(found)
 
 
-def test_drawn_trees_are_neither_compared_nor_cut(bigram: BigramTarget) -> None:
-    drafter = drafters(bigram, [])["drawing model"]
-    settings = Settings(max_new_tokens=4, probabilities=softmax, check_lossless=True)
-    with pytest.raises(ValueError, match="draws at random"):
-        speculative_generate(bigram, drafter, PROMPT, settings)
+def test_a_text_that_ends_too_early_or_too_late_is_a_difference(bigram: BigramTarget) -> None:
+    plain = generate(bigram, PROMPT, greedy(9))
+    short = replace(plain, token_ids=plain.token_ids[:5])
+    assert first_difference(bigram, PROMPT, greedy(9), short) == Difference(5, None, plain.token_ids[5])
+    last = next(i for i in range(8) if plain.token_ids[i] not in plain.token_ids[:i])
+    settings = greedy(9, eos_token_ids=(plain.token_ids[last],))
+    found = first_difference(bigram, PROMPT, settings, plain)
+    assert found == Difference(last + 1, plain.token_ids[last + 1], None)
+
+
+def test_drawn_trees_cannot_be_cut(bigram: BigramTarget) -> None:
     with pytest.raises(ValueError, match="cannot be cut"):
-        speculative_generate(bigram, drafter, PROMPT, Settings(), shaper=HalfShaper())
+        Speculation(drafters(bigram, [])["drawing model"], HalfShaper())
 
 
 class PrefillingTarget(BigramTarget):
@@ -225,10 +273,9 @@ class PrefillingTarget(BigramTarget):
 
 
 def test_a_target_may_run_the_prompt_in_its_own_way(bigram: BigramTarget) -> None:
-    settings = Settings(max_new_tokens=9)
     target = PrefillingTarget(bigram.logits)
-    tokens = speculative_generate(target, NgramDrafter(), PROMPT, settings).tokens
-    assert tokens == plain_generate(bigram, PROMPT, settings).tokens
+    tokens = speculate(target, NgramDrafter(), greedy(9)).token_ids
+    assert tokens == generate(bigram, PROMPT, greedy(9)).token_ids
 
 
 class HalfShaper:
@@ -251,8 +298,7 @@ class HalfShaper:
 def test_a_shaper_cuts_every_tree_and_sees_every_verdict(bigram: BigramTarget) -> None:
     drafter = ModelDrafter(noisy_copy(bigram), vocab_size=12, growth=BestNodes(top_k=4, depth=4, size=12))
     shaper = HalfShaper()
-    settings = Settings(max_new_tokens=20, check_lossless=True)
-    decoded = speculative_generate(bigram, drafter, PROMPT, settings, shaper=shaper)
-    assert decoded.difference is None
-    assert decoded.statistics.largest_tree == 6
-    assert shaper.observed == decoded.statistics.verifications
+    decoded = speculate(bigram, drafter, greedy(20), shaper=shaper)
+    assert decoded.token_ids == generate(bigram, PROMPT, greedy(20)).token_ids
+    assert counts(decoded).largest_tree == 6
+    assert shaper.observed == counts(decoded).verifications

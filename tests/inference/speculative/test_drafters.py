@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blockffn.inference.speculative.decode import Settings, speculative_generate
+from blockffn.inference.speculative.decode import Speculation
 from blockffn.inference.speculative.drafters.eagle import EagleDrafter, RowCache
 from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.drafters.ngram import NgramDrafter
 from blockffn.inference.speculative.growth import BestNodes, Budget
 from blockffn.inference.speculative.tree import DraftTree
 from blockffn.inference.target import Step
-from tests.inference.speculative.stub_targets import BigramTarget
+from tests.inference.speculative.stub_targets import BigramTarget, decode_losslessly
 
 WIDE = Budget(nodes=99, depth=9)
 NO_HIDDEN = torch.empty(0, 0)
@@ -170,8 +170,6 @@ class EagleTarget(BigramTarget):
 def test_an_eagle_head_decodes_losslessly() -> None:
     case = EagleCase()
     target = EagleTarget(case.embedding)
-    settings = Settings(max_new_tokens=20, check_lossless=True)
     drafter = case.drafter(BestNodes(top_k=3, depth=3, size=12))
-    decoded = speculative_generate(target, drafter, torch.tensor([1, 2, 3]), settings)
-    assert decoded.difference is None
-    assert decoded.statistics.largest_tree == 12
+    statistics = decode_losslessly(target, Speculation(drafter), [1, 2, 3], 20)
+    assert statistics.largest_tree == 12

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from blockffn.inference.speculative.decode import Settings, speculative_generate
+from blockffn.inference.speculative.decode import Speculation
 from blockffn.inference.speculative.drafters.eagle import eagle_drafter
 from blockffn.inference.speculative.growth import BestNodes, Budget
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.models.draft import DraftModel
-from tests.inference.speculative.stub_targets import RecomputingTarget
+from tests.inference.speculative.stub_targets import RecomputingTarget, decode_losslessly
 
 PROMPT = torch.tensor([3, 1, 4, 1, 5])
 GROWTH = BestNodes(top_k=3, depth=3, size=12)
@@ -55,7 +55,5 @@ def test_a_tree_has_the_drafts_own_probabilities(token_ids: Tensor | None, tiny:
 
 def test_decoding_with_it_is_lossless(tiny: BlockFFNForCausalLM) -> None:
     drafter = eagle_drafter(random_draft(tiny, None), tiny, growth=GROWTH)
-    settings = Settings(max_new_tokens=12, check_lossless=True)
-    decoded = speculative_generate(RecomputingTarget(tiny), drafter, PROMPT, settings)
-    assert decoded.difference is None
-    assert decoded.statistics.largest_tree == 12
+    statistics = decode_losslessly(RecomputingTarget(tiny), Speculation(drafter), PROMPT.tolist(), 12)
+    assert statistics.largest_tree == 12

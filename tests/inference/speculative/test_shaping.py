@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockffn.inference.speculative.cost import CostModel
-from blockffn.inference.speculative.decode import Settings, speculative_generate
+from blockffn.inference.speculative.decode import Speculation
 from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.estimates import UnionEstimate
 from blockffn.inference.speculative.growth import BestNodes, Budget
@@ -19,7 +19,7 @@ from blockffn.inference.speculative.shaping import CostAwareShaper, Prices, choo
 from blockffn.inference.speculative.tree import DraftTree, chain
 from blockffn.inference.speculative.verify import Verdict
 from blockffn.inference.target import Step
-from tests.inference.speculative.stub_targets import BigramTarget
+from tests.inference.speculative.stub_targets import BigramTarget, decode_losslessly
 from tests.inference.speculative.test_tree import trees
 
 
@@ -85,10 +85,9 @@ def test_decoding_with_a_cost_aware_shaper_is_lossless_and_learns(bigram: Bigram
     draft = BigramTarget(bigram.logits + 0.3 * torch.randn(12, 12))
     drafter = ModelDrafter(draft, vocab_size=12, growth=BestNodes(top_k=4, depth=6, size=40))
     shaper = CostAwareShaper(CostModel(4, 0.2, 0.5, 0.05), num_experts=8)
-    settings = Settings(max_new_tokens=80, check_lossless=True)
-    decoded = speculative_generate(bigram, drafter, torch.tensor([1, 2, 3]), settings, shaper=shaper)
-    assert decoded.difference is None
-    assert 0 < decoded.statistics.report()["tree_size"] < 40
+    statistics = decode_losslessly(bigram, Speculation(drafter, shaper), [1, 2, 3], 80)
+    assert statistics.tree_size is not None
+    assert 0 < statistics.tree_size < 40
     assert shaper.rate is not None
     assert shaper.rate > 0
 
@@ -121,6 +120,31 @@ def test_levels_are_drafted_while_they_are_worth_their_drafting() -> None:
     assert 1 <= dear[-1] <= 3
     assert ruinous[-1] == 0
     assert ruinous[49] == 6  # a probing round drafts in full
+
+
+def test_what_a_round_costs_besides_is_learnt_by_the_clock_and_makes_trees_larger() -> None:
+    cost = CostModel(1, 0.5, 0, 0)
+
+    def rounds_of(milliseconds: float) -> tuple[CostAwareShaper, float]:
+        """400 rounds that take so much more than their verification; the mean tree of the last 100."""
+        now, rng, sizes = [0.0], random.Random(1), []
+        shaper = CostAwareShaper(cost, num_experts=1, clock=lambda: now[0], probe_every=10_000)
+        for _ in range(400):
+            shaper.budget(Budget(nodes=20, depth=6))
+            tree = shaper.shape(chain(range(6), [math.log(0.6)] * 6))
+            now[0] += (cost.milliseconds(len(tree) + 1, 1, len(tree) + 1) + milliseconds) / 1000
+            path: list[int] = []
+            while len(path) < len(tree) and rng.random() < 0.6:
+                path.append(len(path))
+            shaper.observe(tree, Verdict(path, 0), Step(torch.empty(len(tree) + 1, 0), torch.empty(len(tree) + 1, 0)))
+            sizes.append(len(tree))
+        return shaper, sum(sizes[-100:]) / 100
+
+    free, small = rounds_of(0.0)
+    busy, large = rounds_of(4.0)
+    assert free.overhead == pytest.approx(0.0, abs=1e-9)
+    assert busy.overhead == pytest.approx(4.0, rel=0.1)
+    assert large > small + 0.5
 
 
 def test_no_experts_at_all_is_a_mistake() -> None:

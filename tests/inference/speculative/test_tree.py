@@ -47,7 +47,11 @@ def test_the_best_nodes_are_a_tree_of_the_largest_scores(tree: DraftTree, size: 
 def test_behind_a_root_every_parent_moves_by_one(tree: DraftTree) -> None:
     tokens, parents = tree.behind(7)
     assert tokens.tolist() == [7, *tree.tokens.tolist()]
-    assert parents.tolist() == [-1, *(parent + 1 for parent in tree.parent_list)]
+    expected = [-1, *(parent + 1 for parent in tree.parent_list)]
+    if parents is None:
+        assert expected == list(range(-1, len(tree)))
+    else:
+        assert parents.tolist() == expected
 
 
 def test_a_chain_is_a_tree_without_branches() -> None:
@@ -56,6 +60,8 @@ def test_a_chain_is_a_tree_without_branches() -> None:
     assert tree.depth.tolist() == [1, 2, 3]
     assert tree.path_log_probs.tolist() == [-0.5, -0.75, -1.75]
     assert len(no_tree()) == 0
+    assert tree.behind(4)[1] is None
+    assert no_tree().behind(4)[1] is None
 
 
 def test_a_parent_behind_its_child_is_refused() -> None:

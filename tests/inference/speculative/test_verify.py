@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from blockffn.inference.sampling import SamplingSettings, probabilities
 from blockffn.inference.speculative.growth import BestNodes, Budget, DrawnNodes
 from blockffn.inference.speculative.tree import DraftTree, chain, no_tree
 from blockffn.inference.speculative.verify import verify_greedy, verify_sampling
 
 V = 5
+SOFTMAX = SamplingSettings(temperature=1.0, top_p=1.0)
+SHARP = SamplingSettings(temperature=0.7, top_k=3, top_p=0.9, min_p=0.1)
 ROOT = torch.tensor([0])
 TARGET = torch.tensor([[0.1, 0.4, 0.2, 0.2, 0.1], [0.5, 0.1, 0.1, 0.2, 0.1], [0.05, 0.05, 0.6, 0.2, 0.1],
                        [0.3, 0.3, 0.2, 0.1, 0.1], [0.2, 0.2, 0.2, 0.2, 0.2]])  # fmt: skip
@@ -52,7 +54,7 @@ def test_a_tree_without_chance_gives_the_tokens_of_plain_sampling_with_the_same_
     tree = DraftTree(torch.tensor([1, 2, 0, 3]), torch.tensor([-1, -1, 0, 1]), torch.zeros(4))
     for seed in range(50):
         verdict = verify_sampling(
-            tree, logits_for(tree), softmax, context=ROOT, generator=torch.Generator().manual_seed(seed)
+            tree, logits_for(tree), SOFTMAX, context=ROOT, generator=torch.Generator().manual_seed(seed)
         )
         generator = torch.Generator().manual_seed(seed)
         token, plain = 0, []
@@ -60,19 +62,6 @@ def test_a_tree_without_chance_gives_the_tokens_of_plain_sampling_with_the_same_
             token = int(torch.multinomial(TARGET[token], 1, generator=generator))
             plain.append(token)
         assert [*tree.tokens[verdict.path].tolist(), verdict.bonus] == plain
-
-
-def softmax(logits: Tensor, history: Tensor) -> Tensor:
-    return logits.softmax(dim=-1)
-
-
-def sharp(logits: Tensor, history: Tensor) -> Tensor:
-    """Temperature 0.7, then top-k 3, then top-p 0.9."""
-    p = (logits / 0.7).softmax(dim=-1)
-    values, order = p.sort(descending=True)
-    keep = (values.cumsum(dim=0) - values < 0.9) & (torch.arange(len(p)) < 3)
-    p = torch.zeros_like(p).scatter(0, order[keep], values[keep])
-    return p / p.sum()
 
 
 GOOD = (TARGET.log() + 0.3 * torch.randn(V, V, generator=torch.Generator().manual_seed(3))).log_softmax(dim=-1)
@@ -87,17 +76,15 @@ GROWTHS = {
 }
 
 
-CASES = [(draft, growth, softmax) for draft in ("good", "bad", "reduced") for growth in GROWTHS] + [
-    ("exact", "drawn tree", softmax),
-    *(("good", growth, sharp) for growth in GROWTHS),
+CASES = [(draft, growth, SOFTMAX) for draft in ("good", "bad", "reduced") for growth in GROWTHS] + [
+    ("exact", "drawn tree", SOFTMAX),
+    *(("good", growth, SHARP) for growth in GROWTHS),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("draft", "growth", "probabilities"), CASES)
-def test_two_tokens_are_distributed_as_by_plain_sampling(
-    draft: str, growth: str, probabilities: Callable[[Tensor, Tensor], Tensor]
-) -> None:
+@pytest.mark.parametrize(("draft", "growth", "settings"), CASES)
+def test_two_tokens_are_distributed_as_by_plain_sampling(draft: str, growth: str, settings: SamplingSettings) -> None:
     """Chi-square over all pairs; where a verification gives one token, plain sampling adds the second."""
     token_ids = torch.tensor([0, 2, 4]) if draft == "reduced" else None
     generator = torch.Generator().manual_seed(1)
@@ -106,10 +93,10 @@ def test_two_tokens_are_distributed_as_by_plain_sampling(
     def expand(tree: DraftTree, nodes: list[int]) -> Tensor:
         return DRAFTS[draft][[0 if node == -1 else int(tree.tokens[node]) for node in nodes]]
 
-    plain = torch.stack([probabilities(row, ROOT) for row in TARGET.log()])
+    plain = probabilities(TARGET.log(), None, settings)
     for _ in range(trials):
         tree = GROWTHS[growth](expand, Budget(99, 9), vocab_size=V, token_ids=token_ids, generator=generator)
-        verdict = verify_sampling(tree, logits_for(tree), probabilities, context=ROOT, generator=generator)
+        verdict = verify_sampling(tree, logits_for(tree), settings, context=ROOT, generator=generator)
         tokens = [*tree.tokens[verdict.path].tolist(), verdict.bonus]
         if len(tokens) == 1:
             tokens.append(int(torch.multinomial(plain[tokens[0]], 1, generator=generator)))
@@ -131,4 +118,4 @@ def test_a_draft_that_equals_the_target_is_always_accepted() -> None:
             lambda tree, nodes: TARGET.log()[[0 if n == -1 else int(tree.tokens[n]) for n in nodes]],
             Budget(9, 9), vocab_size=V, generator=generator,
         )  # fmt: skip
-        assert len(verify_sampling(tree, logits_for(tree), softmax, context=ROOT, generator=generator).path) == 3
+        assert len(verify_sampling(tree, logits_for(tree), SOFTMAX, context=ROOT, generator=generator).path) == 3

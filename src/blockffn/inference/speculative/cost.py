@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blockffn.inference.speculative.drafters import Drafter
+from blockffn.inference.speculative.growth import Budget
 from blockffn.inference.target import Step, Target
 
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -103,14 +105,17 @@ def calibrate(
     context: int = 64,
     sizes: Sequence[int] = SIZES,
     rounds: int = 3,
+    seconds: float = float("inf"),
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> CostModel:
-    """Measure a target for its cost model, in `2 * rounds * len(sizes)` calls. The target is reset before and after.
+    """Measure a target for its cost model, in `2 * (rounds + 1) * len(sizes)` calls. It is reset before and after.
 
     Each size is called with different tokens, which use many experts, and with equal ones, which use few: so the cost
-    of an expert shows apart from that of a token. The first call of a size is not counted.
+    of an expert shows apart from that of a token. The first call of a size, which may compile or allocate, is not
+    counted. After `seconds` each is called twice only.
     """
+    begun = clock()
     generator = torch.Generator().manual_seed(seed)
     sizes = [size for size in sizes if size < target.capacity]
     context = max(1, min(context, target.capacity - max(sizes, default=0)))
@@ -128,6 +133,38 @@ def calibrate(
                 float(step.logits[-1, 0])  # waits for a device that works asynchronously
                 times.append(1000 * (clock() - begin))
                 target.commit(torch.empty(0, dtype=torch.int64))
+                if len(times) > 1 and clock() - begun > seconds:
+                    break
             measurements.append(Measurement(size, *union_and_pairs(step), statistics.median(times[1:])))
     target.reset()
     return fit(measurements)
+
+
+def milliseconds_per_level(
+    target: Target,
+    drafter: Drafter,
+    most: Budget,
+    *,
+    context: int = 32,
+    rounds: int = 3,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """What drafting one level of a tree costs behind random tokens. The target is reset before and after."""
+    tokens = torch.randint(target.vocab_size, (context + rounds + 1,), generator=torch.Generator().manual_seed(seed))
+    tokens = tokens[: max(min(len(tokens), target.capacity), 2)]
+    start = max(len(tokens) - rounds - 1, 1)
+    target.reset()
+    drafter.start(tokens[:start])
+    committed, times = 0, []
+    for end in range(start, len(tokens)):
+        new = tokens[committed:end]
+        step = target.extend(new)
+        target.commit(torch.arange(len(new)))
+        drafter.observe(new, step.hidden)
+        committed = end
+        begin = clock()
+        tree = drafter.propose(tokens[: end + 1], most)
+        times.append(1000 * (clock() - begin) / max(int(tree.depth.max()) if len(tree) else 0, 1))
+    target.reset()
+    return statistics.median(times[1:] or times)

@@ -112,7 +112,7 @@ def grow(expand: Expand, *, top_k: int, depth: int, size: int, token_ids: Tensor
         best = scores.sort(descending=True, stable=True).indices[:top_k]
         # A node below the last that is kept has no descendant above it.
         bar = tree.path_log_probs.sort(descending=True).values[size - 1] if len(tree) >= size else -torch.inf
-        level = sorted(int(start + node) for node in best if scores[node] > bar)
+        level = sorted((start + best[scores[best] > bar]).tolist())
         if not level:
             break
     return tree.best(size)

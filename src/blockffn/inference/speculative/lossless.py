@@ -6,9 +6,13 @@ two logits nearly tie. The margin tells such a case from a fault.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
+
+from blockffn.inference.decode import Generation, GenerationSettings, Request, decode
+from blockffn.inference.target import Target
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,23 @@ class Difference:
         return text
 
 
-def first_difference(speculative: list[int], plain: list[int], plain_logits: list[Tensor]) -> Difference | None:
-    """Compare two decodings; `plain_logits[i]` `[V]` are those that plain token `i` was chosen by."""
-    for position, (ours, theirs) in enumerate(zip(speculative, plain)):
-        if ours != theirs:
-            logits = plain_logits[position].float()
-            margin = float(logits[theirs] - logits[ours])
-            return Difference(position, ours, theirs, margin, float(logits.max() - logits.mean()))
-    if len(speculative) == len(plain):
-        return None
-    position = min(len(speculative), len(plain))
-    return Difference(position, *(text[position] if position < len(text) else None for text in (speculative, plain)))
+def first_difference(
+    target: Target, prompt_ids: Sequence[int], settings: GenerationSettings, generation: Generation
+) -> Difference | None:
+    """Decode a request plainly as well, up to the first token that `generation` lacks; `None`: it lacks none."""
+    if generation.finish_reason == "stop":  # by who received the text, which is not asked again
+        settings = replace(settings, max_new_tokens=len(generation.token_ids))
+    kept: list[Tensor] = []
+    request = Request(prompt_ids, settings)
+    for position, [plain] in enumerate(decode(target, request, on_logits=kept.append)):
+        logits = kept.pop()
+        if position == len(generation.token_ids):
+            return Difference(position, None, plain)
+        ours = generation.token_ids[position]
+        if ours != plain:
+            logits = logits.float()
+            return Difference(
+                position, ours, plain, float(logits[plain] - logits[ours]), float(logits.max() - logits.mean())
+            )
+    count = len(request.new)
+    return Difference(count, generation.token_ids[count], None) if count < len(generation.token_ids) else None

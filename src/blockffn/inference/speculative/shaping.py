@@ -6,8 +6,8 @@ rate of the whole text. Maximising tokens per millisecond round by round would s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,6 +21,7 @@ from blockffn.inference.target import Step
 FORGET_RATE = 0.998
 HOPELESS = 0.25  # of the rate: what a node must promise per millisecond for growth to go on
 LEARN_WORTH = 0.1
+LEARN_OVERHEAD = 0.02
 FIRST_PROBES, LARGE = (2, 6, 12), 31  # rounds; nodes
 
 
@@ -87,12 +88,16 @@ class CostAwareShaper:
     Args:
         cost: of the target, from `calibrate`.
         num_experts: in all layers together; 1 for a dense model.
-        overhead: milliseconds of a round beside the target's that every round costs.
+        overhead: milliseconds that every round costs beside the target's and the draft's.
+        clock: seconds; the overhead is learnt by it, from `budget` to `observe`. `None`: it stays as given.
         draft_level: milliseconds that drafting one level of a tree costs; 0 for n-grams.
         probe_every: each so many rounds a tree is drafted in full and cut less, so that a wrong first impression of a
             draft is found out.
 
     Draft large trees: a shaper can only cut.
+
+    Attributes:
+        overhead: as given, or learnt so far.
     """
 
     def __init__(
@@ -101,14 +106,15 @@ class CostAwareShaper:
         *,
         num_experts: int,
         overhead: float = 0.0,
+        clock: Callable[[], float] | None = None,
         draft_level: float = 0.0,
         probe_every: int = 100,
     ) -> None:
         if num_experts < 1:
             raise ValueError(f"num_experts counts those of all layers, 1 for a dense model; got {num_experts}")
-        cost = CostModel(cost.fixed + overhead, cost.per_token, cost.per_expert, cost.per_pair)
-        self.acceptance = AcceptanceEstimate()
-        self._prices = Prices(cost, UnionEstimate(num_experts, share=1.0 if num_experts == 1 else 0.15))
+        self.acceptance, self.overhead = AcceptanceEstimate(), overhead
+        self._cost, self._clock, self._begun = cost, clock, 0.0
+        self._union = UnionEstimate(num_experts, share=1.0 if num_experts == 1 else 0.15)
         self._draft_level, self._probe_every, self._rounds = draft_level, probe_every, 0
         self._tokens, self._milliseconds = 0.0, 0.0
         self._worth: list[float] = []  # of each level lately: tokens less what their time is worth
@@ -121,6 +127,7 @@ class CostAwareShaper:
     def budget(self, most: Budget) -> Budget:
         """What to draft: the levels that lately gave more than drafting them costs, all of them in a probing round."""
         self._rounds += 1
+        self._begun = self._clock() if self._clock is not None else 0.0
         if self.rate is None or not self._draft_level or self._probing:
             return most
         best, best_worth, worth = 0, 0.0, 0.0
@@ -132,9 +139,9 @@ class CostAwareShaper:
 
     def shape(self, tree: DraftTree) -> DraftTree:
         """The part of the tree that pays, maybe nothing."""
-        union, rate = self._prices.union, self.rate
-        reach = self.acceptance.reach(tree)
-        choice = choose_nodes(tree, reach=reach, brings=union.brings(tree), prices=self._prices, rate=rate)
+        rate, reach = self.rate, self.acceptance.reach(tree)
+        prices = Prices(replace(self._cost, fixed=self._cost.fixed + self.overhead), self._union)
+        choice = choose_nodes(tree, reach=reach, brings=self._union.brings(tree), prices=prices, rate=rate)
         if rate is not None:
             self._learn_worth(tree, {n: reach[n] - rate * price for n, price in zip(choice.nodes, choice.prices)})
         if self._probing:
@@ -148,11 +155,16 @@ class CostAwareShaper:
         self.acceptance.observe(tree, verdict)
         if step.active is not None:
             last = verdict.path[-1] + 1 if verdict.path else 0
-            self._prices.union.observe(tree, union=union, active=step.active.sum(dim=0).tolist(), last=last)
+            self._union.observe(tree, union=union, active=step.active.sum(dim=0).tolist(), last=last)
         self._tokens = FORGET_RATE * self._tokens + len(verdict.path) + 1
-        spent = self._prices.cost.milliseconds(len(tree) + 1, union, pairs)
+        spent = self._cost.milliseconds(len(tree) + 1, union, pairs)
         spent += self._draft_level * int(tree.depth.max() if len(tree) else 0)
-        self._milliseconds = FORGET_RATE * self._milliseconds + spent
+        self._milliseconds = FORGET_RATE * self._milliseconds + spent + self.overhead
+        if self._clock is not None:
+            rest = 1000 * (self._clock() - self._begun) - spent
+            # A round that the machine was busy with something else in says little.
+            rest = min(max(rest, 0.0), 3 * spent)
+            self.overhead += max(LEARN_OVERHEAD, 1 / self._rounds) * (rest - self.overhead)
 
     @property
     def _probing(self) -> bool:

@@ -46,7 +46,7 @@ class DraftTree:
                 raise ValueError(f"the parent of node {node} must come before it, got {parent}")
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.parent_list)
 
     @cached_property
     def parent_list(self) -> list[int]:
@@ -73,11 +73,10 @@ class DraftTree:
     @cached_property
     def path_log_probs(self) -> Tensor:
         """`[N]` float32: log-probability of a node's whole path from the root."""
-        total = self.log_probs.float().clone()
-        for node, parent in enumerate(self.parent_list):
-            if parent != ROOT:
-                total[node] += total[parent]
-        return total
+        totals: list[float] = []
+        for own, parent in zip(self.log_probs.tolist(), self.parent_list):
+            totals.append(own + (0.0 if parent == ROOT else totals[parent]))
+        return torch.tensor(totals, dtype=torch.float32)
 
     @cached_property
     def ancestors(self) -> Tensor:
@@ -99,10 +98,15 @@ class DraftTree:
     def children(self, node: int) -> list[int]:
         return [child for child, parent in enumerate(self.parent_list) if parent == node]
 
-    def behind(self, root: int) -> tuple[Tensor, Tensor]:
-        """Tokens and parents `[N + 1]` with the root's token in front, as a target's `extend` takes them."""
-        front = torch.tensor([root], dtype=torch.int64)
-        return torch.cat((front, self.tokens)), torch.cat((torch.tensor([ROOT]), self.parents + 1))
+    def behind(self, root: int) -> tuple[Tensor, Tensor | None]:
+        """Tokens and parents `[N + 1]` with the root's token in front, as a target's `extend` takes them.
+
+        Parents are `None` for a chain, which costs a target less.
+        """
+        tokens = torch.cat((torch.tensor([root], dtype=torch.int64), self.tokens))
+        if self.parent_list == list(range(-1, len(self) - 1)):
+            return tokens, None
+        return tokens, torch.cat((torch.tensor([ROOT]), self.parents + 1))
 
     def subtree(self, nodes: Tensor) -> DraftTree:
         """The tree of some of its nodes (indices, any order), in the order of the whole.

@@ -6,16 +6,13 @@ gives the tokens of the plain greedy loop, sampling verification tokens with the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from blockffn.inference.sampling import SamplingSettings, choose, probabilities
 from blockffn.inference.speculative.tree import ROOT, DraftTree
-
-Probabilities = Callable[[Tensor, Tensor], Tensor]
-"""Logits `[V]` and all tokens before `[N]` to probabilities `[V]`: penalties, temperature, top-k, top-p and so on."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +21,21 @@ class Verdict:
 
     path: list[int]
     bonus: int
+
+
+def verify(
+    tree: DraftTree, logits: Tensor, settings: SamplingSettings, *, context: Tensor, generator: torch.Generator
+) -> Verdict:
+    """Accept what plain decoding with these settings would say, or draw as it would draw.
+
+    Args:
+        logits: `[N + 1, V]`; row 0 is the root's, row `i + 1` node `i`'s.
+        context: tokens `[N]` up to the root.
+        generator: on the device of the logits.
+    """
+    if settings.temperature == 0 and settings.repetition_penalty == 1:
+        return verify_greedy(tree, logits)
+    return verify_sampling(tree, logits, settings, context=context, generator=generator)
 
 
 def verify_greedy(tree: DraftTree, logits: Tensor) -> Verdict:
@@ -43,37 +55,30 @@ def verify_greedy(tree: DraftTree, logits: Tensor) -> Verdict:
 
 
 def verify_sampling(
-    tree: DraftTree,
-    logits: Tensor,
-    probabilities: Probabilities,
-    *,
-    context: Tensor,
-    generator: torch.Generator | None = None,
+    tree: DraftTree, logits: Tensor, settings: SamplingSettings, *, context: Tensor, generator: torch.Generator
 ) -> Verdict:
-    """Tokens distributed as if each had been sampled from the target.
+    """Tokens distributed as if each had been chosen from the target's distribution. Arguments as for `verify`.
 
-    Where the tree was chosen without chance, a token is sampled from the target at each node and the walk goes on
-    while it is a child: this is plain sampling with the same random numbers, so an equal seed gives equal tokens.
-    Where children were drawn, each is accepted with `min(1, p / q)`; a rejection leaves the target's distribution
-    `max(p - q, 0)`, renormalised, and the draft's without that token (SpecInfer's recursive rejection; EAGLE's).
-
-    Args:
-        logits: `[N + 1, V]`; row 0 is the root's, row `i + 1` node `i`'s.
-        probabilities: applied to the rows that are visited.
-        context: tokens `[N]` up to the root.
+    Where the tree was chosen without chance, or the target chooses without, a token is chosen from the target at each
+    node and the walk goes on while it is a child: this is plain decoding with the same random numbers, so an equal seed
+    gives equal tokens. Where children were drawn, each is accepted with `min(1, p / q)`; a rejection leaves the
+    target's distribution `max(p - q, 0)`, renormalised, and the draft's without that token (SpecInfer's recursive
+    rejection; EAGLE's).
     """
     node = ROOT
     path: list[int] = []
     while True:
-        p = probabilities(logits[node + 1], torch.cat((context, tree.tokens[path]))).float().cpu()
+        history = torch.cat((context, tree.tokens[path])) if settings.repetition_penalty != 1 else None
         children = tree.children(node)
-        if tree.distributions is None:
-            token = _sample(p, generator)
+        if tree.distributions is None or settings.temperature == 0:
+            token = choose(logits[node + 1], history, settings, generator)
             follow = [child for child in children if int(tree.tokens[child]) == token]
         else:
-            accepted, p = _accept_drawn(tree, children, p, tree.distributions[node + 1].float().cpu(), generator)
+            p = probabilities(logits[node + 1], history, settings)
+            q = tree.distributions[node + 1].to(p.device, torch.float32)
+            accepted, p = _accept_drawn(tree, children, p, q, generator)
             follow = [] if accepted is None else [accepted]
-            token = _sample(p, generator) if accepted is None else ROOT
+            token = int(torch.multinomial(p, 1, generator=generator)) if accepted is None else ROOT
         if not follow:
             return Verdict(path, token)
         # Of equal siblings the one with children promises more.
@@ -82,13 +87,13 @@ def verify_sampling(
 
 
 def _accept_drawn(
-    tree: DraftTree, children: list[int], p: Tensor, q: Tensor, generator: torch.Generator | None
+    tree: DraftTree, children: list[int], p: Tensor, q: Tensor, generator: torch.Generator
 ) -> tuple[int | None, Tensor]:
     """The accepted child, or none and what the target's distribution is after all rejections."""
     q = q.clone()
     for child in children:
         token = int(tree.tokens[child])
-        if float(torch.rand((), generator=generator)) * float(q[token]) < float(p[token]):
+        if float(torch.rand((), generator=generator, device=p.device) * q[token]) < float(p[token]):
             return child, p
         rest = (p - q).clamp_min(0)
         # With p equal to q up to rounding a rejection cannot happen but by rounding; p is then as good as the rest.
@@ -97,7 +102,3 @@ def _accept_drawn(
         q[token] = 0
         q = q / q.sum().clamp_min(torch.finfo(torch.float32).tiny)
     return None, p
-
-
-def _sample(probabilities: Tensor, generator: torch.Generator | None) -> int:
-    return int(torch.multinomial(probabilities, 1, generator=generator))

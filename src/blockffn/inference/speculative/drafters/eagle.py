@@ -11,10 +11,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blockffn.inference.speculative.growth import BestNodes, Budget, Growth
 from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
+from blockffn.models.packed import PackedLinear
+from blockffn.ops.quantization import unpack_rows
 
 if TYPE_CHECKING:
     from blockffn.models.causal_lm import BlockFFNForCausalLM
@@ -85,7 +87,7 @@ class EagleDrafter:
         growth: Growth | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        self._head, self._embed, self._logits = head, embed, logits
+        self._head, self._embed, self.logits = head, embed, logits
         self._vocab_size, self._token_ids = vocab_size, token_ids
         self._growth, self._generator = BestNodes() if growth is None else growth, generator
         self.start(torch.empty(0))
@@ -124,7 +126,7 @@ class EagleDrafter:
                 hidden = torch.stack([outputs[tree.parent_list[node]] for node in nodes])
                 out = self._run(tree.tokens[nodes], hidden, known + tree.depth[nodes] - 1, mask)
                 outputs.update(zip(nodes, out))
-            return self._logits(torch.stack([outputs[node] for node in nodes])).float().log_softmax(dim=-1)
+            return self.logits(torch.stack([outputs[node] for node in nodes])).float().log_softmax(dim=-1)
 
         tree = self._growth(
             expand, budget, vocab_size=self._vocab_size, token_ids=self._token_ids, generator=self._generator
@@ -144,12 +146,13 @@ class EagleDrafter:
         return out[-1]
 
     def _run(self, tokens: Tensor, hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        device, dtype = hidden.device, hidden.dtype
+        device = hidden.device
+        embeddings = self._embed(tokens.to(device))
         return self._head(
-            self._embed(tokens.to(device))[None],
-            hidden[None],
+            embeddings[None],
+            hidden.to(embeddings.dtype)[None],  # a target may compute in another precision than it stores
             position_ids=positions.to(device)[None],
-            attention_mask=mask.to(device, dtype)[None, None],
+            attention_mask=mask.to(device, embeddings.dtype)[None, None],
             cache=self._cache,
         )[0]
 
@@ -166,13 +169,24 @@ def eagle_drafter(
     With a reduced vocabulary the rows of the head are copied once.
     """
     ids, config = draft.token_ids, model.config
-    head = model.lm_head.weight if ids is None else model.lm_head.weight[ids].detach()
+    head = model.lm_head if ids is None else _rows(model.lm_head, ids, draft.fc.weight.dtype)
     return EagleDrafter(
         draft,
         embed=lambda tokens: model.model.embed_tokens(tokens) * config.scale_emb,
-        logits=lambda output: model.head_input(output) @ head.T,
+        logits=lambda output: head(model.head_input(output)),
         vocab_size=config.vocab_size,
         token_ids=ids,
         growth=growth,
         generator=generator,
     )
+
+
+def _rows(head: nn.Module, ids: Tensor, dtype: torch.dtype) -> nn.Module:
+    """The head for the tokens `ids` alone."""
+    if isinstance(head, PackedLinear):
+        weight = unpack_rows(head.packed, head.layout, ids)
+    else:
+        weight = head.get_parameter("weight").detach()[ids]
+    rows = nn.Linear(weight.shape[1], len(ids), bias=False, device="meta")
+    rows.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    return rows

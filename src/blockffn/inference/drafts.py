@@ -1,0 +1,90 @@
+"""What drafts for a model, chosen by name: n-grams of the text, a trained draft, a smaller model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from blockffn.checkpoints.draft import is_draft, load_draft
+from blockffn.checkpoints.files import open_tensors
+from blockffn.checkpoints.load import load, model_folder
+from blockffn.inference.backends import make_target
+from blockffn.inference.speculative.cost import calibrate, milliseconds_per_level
+from blockffn.inference.speculative.decode import Speculation
+from blockffn.inference.speculative.drafters import Drafter
+from blockffn.inference.speculative.drafters.eagle import eagle_drafter
+from blockffn.inference.speculative.drafters.model import ModelDrafter
+from blockffn.inference.speculative.drafters.ngram import NgramDrafter
+from blockffn.inference.speculative.growth import BestNodes, Budget
+from blockffn.inference.speculative.shaping import CostAwareShaper
+from blockffn.inference.target import Target
+from blockffn.models.causal_lm import BlockFFNForCausalLM
+from blockffn.models.draft import DraftModel
+
+Draft = str | Path | DraftModel | Drafter
+LARGEST, DEEPEST = 63, 16  # draft tokens of a tree, and levels
+LARGEST_BY_COST = 31  # what `auto` drafts, to cut it: with the token before them a power of two
+
+
+def find_draft(path: Path) -> Path | None:
+    """The folder of the draft that lies beside a model, `MODEL/draft`; `path` is a model's or a run's."""
+    folders = [folder / "draft" for folder in (model_folder(path), path)]
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+
+def resolve_draft(path: Path, draft: str) -> str | Path:
+    """`auto` is the draft beside the model, or else `ngram`; other names stay what they are."""
+    return (find_draft(path) or "ngram") if draft == "auto" else draft
+
+
+def make_speculation(
+    model: BlockFFNForCausalLM, target: Target, draft: Draft, *, tree: str | int = "auto"
+) -> Speculation:
+    """How to draft for `model`, which `target` runs.
+
+    Args:
+        draft: `ngram`; the folder of a trained draft or of a smaller model with the same tokens; or what they hold.
+        tree: draft tokens per step, or `auto`: as many as pay, by a short measurement of the target now and by what is
+            accepted later.
+
+    Raises:
+        ValueError: there is no draft in the folder, it is another model's, or `tree` is neither `auto` nor 1 to 63.
+    """
+    automatic = tree == "auto"
+    if not automatic and (isinstance(tree, (str, bool)) or not 1 <= tree <= LARGEST):
+        raise ValueError(f"tree must be 'auto' or a number of draft tokens from 1 to {LARGEST}, got {tree!r}")
+    drafter = make_drafter(model, draft, size=LARGEST_BY_COST if automatic else int(tree))
+    if not automatic:
+        return Speculation(drafter, most=Budget(nodes=int(tree), depth=DEEPEST))
+    most = Budget(nodes=LARGEST_BY_COST, depth=DEEPEST)
+    config = model.config
+    sparse_layers = 0 if config.ffn_type == "dense" else config.num_hidden_layers - config.first_k_dense_replace
+    shaper = CostAwareShaper(
+        calibrate(target, seconds=3.0),
+        num_experts=max(sparse_layers * config.num_experts, 1),
+        clock=time.perf_counter,
+        draft_level=0.0 if isinstance(drafter, NgramDrafter) else milliseconds_per_level(target, drafter, most),
+    )
+    return Speculation(drafter, shaper, most)
+
+
+def make_drafter(model: BlockFFNForCausalLM, draft: Draft, *, size: int, branches: int = 8) -> Drafter:
+    """The drafter behind `draft`, with trees of `size` nodes; one branch makes chains. Errors as above."""
+    if draft == "ngram":
+        return NgramDrafter(depth=min(size, DEEPEST), size=size, branches=min(branches, 4))
+    # Every level of a trained draft's tree is a run of it.
+    depth = size if branches == 1 else min(size, 5)
+    growth = BestNodes(top_k=min(size, branches), depth=depth, size=size)
+    if isinstance(draft, DraftModel):
+        return eagle_drafter(draft, model, growth=growth)
+    if not isinstance(draft, (str, Path)):
+        return draft
+    folder, weights = Path(draft), model.model.norm.weight
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no draft: give 'ngram', or the folder of a trained draft or of a smaller model")
+    folder = model_folder(folder)
+    if is_draft(open_tensors(folder)):
+        trained = load_draft(folder, model.config, dtype=weights.dtype).to(weights.device)
+        return eagle_drafter(trained, model, growth=growth)
+    small = make_target(load(folder, device=weights.device))
+    return ModelDrafter(small, vocab_size=model.config.vocab_size, growth=growth)

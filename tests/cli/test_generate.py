@@ -1,0 +1,88 @@
+"""`blockffn generate` with drafts, as a user meets it; in this process, because a new one would import torch again."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from blockffn.cli import main
+from blockffn.data.tokenizer import train_tokenizer
+from tests.models.conftest import tiny_model
+
+PROMPT = ["-p", "one two three one two", "-n", "24", "--temperature", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(1)
+    tiny_model(vocab_size=300).save_pretrained(folder)
+    train_tokenizer(["one two three four five six"] * 50, vocab_size=300).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def blockffn(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["blockffn", *arguments])
+        monkeypatch.setenv("COLUMNS", "120")
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capfd.readouterr()
+        return int(end.value.code or 0), out, err
+
+    return run
+
+
+def test_drafts_change_nothing_but_the_steps(blockffn, folder: Path, tmp_path: Path) -> None:
+    code, plain, _ = blockffn("generate", str(folder), *PROMPT)
+    assert code == 0
+    sample = tmp_path / "sample.json"
+    options = ["--speculative", "--stats", "--check-lossless", "--json", str(sample)]
+    code, text, notes = blockffn("generate", str(folder), *PROMPT, *options)
+    assert code == 0
+    assert text == plain
+    assert f"drafts by n-grams of the text; {folder} has no folder draft" in notes
+    assert "lossless: plain decoding gives the same 24 tokens" in notes
+    assert re.search(r"drafts +\d\.\d\d tokens a step \(acceptance length\) in \d+ steps", notes)
+    assert re.search(r"ms of model, \d+ ms of drafting, \d+ ms of sampling", notes)
+    speculation = json.loads(sample.read_text())["statistics"]["speculation"]
+    offered = [str(count) for count in speculation["offered_by_depth"][:10]]
+    assert re.search(r"^of +" + r" +".join(offered) + "$", notes, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("value", ["ngram", "model"])
+def test_what_drafts_can_be_named(value: str, blockffn, folder: Path) -> None:
+    draft = str(folder) if value == "model" else value
+    code, text, notes = blockffn("generate", str(folder), "--speculative", draft, "--tree", "4", *PROMPT)
+    assert code == 0
+    assert text.startswith("one two three one two")
+    assert f"drafts by {'n-grams of the text' if value == 'ngram' else draft}\n" in notes
+    assert "tokens a step" in notes
+
+
+def test_a_value_may_follow_behind_an_equals_sign_or_at_the_end(blockffn, folder: Path) -> None:
+    for options in (["--speculative=ngram", str(folder), *PROMPT], [str(folder), *PROMPT, "--speculative"]):
+        code, _, notes = blockffn("generate", *options)
+        assert code == 0
+        assert "drafts by n-grams" in notes
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--speculative", "--tree", "many"], "--tree must be auto or a number of draft tokens, got 'many'"),
+    (["--speculative", "--tree", "0"], "tree must be 'auto' or a number of draft tokens from 1 to 63, got 0"),
+    (["--speculative", "nowhere"], "nowhere is no draft: give 'ngram', or the folder of a trained draft"),
+    (["--check-lossless"], "--tree and --check-lossless go with --speculative"),
+    (["--tree", "4"], "--tree and --check-lossless go with --speculative"),
+    (["--backend", "fast"], "unknown backend 'fast'"),
+])  # fmt: skip
+def test_a_mistake_is_named(options: list[str], message: str, blockffn, folder: Path) -> None:
+    code, _, notes = blockffn("generate", str(folder), *PROMPT, *options)
+    assert code == 2
+    assert message in notes
+    assert "Traceback" not in notes
