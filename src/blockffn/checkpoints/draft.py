@@ -19,8 +19,9 @@ from blockffn.models.draft import DraftModel
 from blockffn.models.rotary import RotaryEmbedding
 
 MODEL_TYPE = "blockffn-draft"
+CARD = "draft.json"  # what a draft that was trained here is worth
 # May be in the file, but is not read: the draft uses the target's embeddings, and its first layer has no input norm.
-_IGNORED = ("embed_tokens.weight", "layers.0.input_layernorm.weight")
+IGNORED = ("embed_tokens.weight", "layers.0.input_layernorm.weight")
 
 
 def is_draft(names: Any) -> bool:
@@ -60,7 +61,7 @@ def load_draft(
                 f"{tensors[name].file}: tensor {name!r} has shape {tensors[name].shape}, expected "
                 f"{tuple(parameter.shape)}; the draft belongs to another target, or config.json to another draft"
             )
-    surplus = [name for name in tensors if name not in expected and name not in _IGNORED]
+    surplus = [name for name in tensors if name not in expected and name not in IGNORED]
     if surplus:
         raise CheckpointError(f"{tensors[surplus[0]].file} holds {surplus[0]!r}, which a draft does not have")
     for name in expected:

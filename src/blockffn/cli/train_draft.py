@@ -85,8 +85,8 @@ def train_draft(
 
     import json
 
+    from blockffn.checkpoints.draft import CARD
     from blockffn.training.draft.loop import train_draft as run_training
-    from blockffn.training.draft.results import CARD
 
     result = run_training(settings, out, resume=resume, device=device, progress=True)
     if result.interrupted:

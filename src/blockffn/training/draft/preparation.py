@@ -35,7 +35,7 @@ def open_target(settings: DraftTrainSettings, device: torch.device) -> BlockFFNF
     """The frozen target on a device, in bfloat16 or float32 as `settings.precision` says; unpacked if it is quantised.
 
     Raises:
-        ValueError: there is no model, its context is shorter than the rows or texts, or the draft's vocabulary is larger.
+        ValueError: there is no model, its context is too short for the rows or texts, or its vocabulary for the draft.
     """
     assert settings.target is not None
     dtype = torch.bfloat16 if uses_bfloat16(settings, device) else torch.float32

@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockffn.checkpoints.draft import load_draft, save_draft
+from blockffn.checkpoints.draft import CARD, load_draft, save_draft
 from blockffn.data.batch import Batch
 from blockffn.data.loader import iterate_split
 from blockffn.evaluation.draft_acceptance import decoding_report
 from blockffn.evaluation.draft_trees import prefixes_of
 from blockffn.training.draft.objective import DraftObjective
 from blockffn.training.draft.settings import DraftTrainSettings
-
-CARD = "draft.json"
 
 
 def rates(accepted: Sequence[float], tried: Sequence[float]) -> dict[str, Any]:
