@@ -188,3 +188,22 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, settings: Ma
         train_draft(settings(steps=1), tmp_path, progress=False)
     with pytest.raises(ValueError, match="no checkpoint to resume from"):
         train_draft(settings(steps=1), tmp_path / "new", progress=False, resume=True)
+
+
+@pytest.mark.slow
+def test_compiled_it_computes_the_same(tmp_path: Path, settings: MakeSettings) -> None:
+    train_draft(settings(steps=2), tmp_path / "eager", progress=False)
+    train_draft(settings(steps=2, compile=True), tmp_path / "compiled", progress=False)
+    eager, compiled = read_metrics(tmp_path / "eager"), read_metrics(tmp_path / "compiled")
+    assert [r["loss"] for r in compiled] == pytest.approx([r["loss"] for r in eager], rel=1e-4)
+    assert [r["acceptance_length"] for r in compiled] == pytest.approx(
+        [r["acceptance_length"] for r in eager], abs=0.01
+    )
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_learns_in_bfloat16_and_decodes(tmp_path: Path, settings: MakeSettings) -> None:
+    train_draft(settings(steps=60, draft_vocab_size=200), tmp_path, progress=False, device="cuda")
+    records = read_metrics(tmp_path)
+    assert records[-1]["loss"] < records[0]["loss"] / 2
+    assert card_of(tmp_path)["decoding"]["tree"]["acceptance_length"] > 3
