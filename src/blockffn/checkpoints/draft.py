@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ IGNORED = ("embed_tokens.weight", "layers.0.input_layernorm.weight")
 def is_draft(names: Any) -> bool:
     """Whether tensors of these names are a draft's."""
     return {"fc.weight", "input_norm1.weight", "input_norm2.weight"} <= set(names)
+
+
+def is_draft_folder(path: Path) -> bool:
+    """Whether a folder, or the run in it, holds a draft. Raises `CheckpointError` if it holds no model at all."""
+    return is_draft(open_tensors(model_folder(path)))
 
 
 def load_draft(
@@ -75,29 +81,42 @@ def load_draft(
     return model.eval()
 
 
-def save_draft(folder: Path, draft: DraftModel, *, dtype: torch.dtype, about: Mapping[str, Any]) -> None:
+def save_draft(
+    folder: Path,
+    draft: DraftModel,
+    *,
+    dtype: torch.dtype,
+    about: Mapping[str, Any] | None = None,
+    published: bool = False,
+) -> None:
     """Write a draft to an existing folder, as `load_draft` reads it.
 
     Args:
         dtype: of the weights in the file.
         about: more fields of config.json, such as the target's name.
+        published: configuration and frequency file as in the published repository, whose engine reads them.
     """
     weights = {name: value.detach().to("cpu", dtype).contiguous() for name, value in draft.named_parameters()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = draft.config
-    names = ("hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
-             "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "max_position_embeddings",
-             "scale_emb", "dim_model_base")  # fmt: skip
-    content = {
-        "model_type": MODEL_TYPE,
-        **{name: getattr(config, name) for name in names},
-        "draft_vocab_size": None if draft.token_ids is None else len(draft.token_ids),
-        "dtype": str(dtype).removeprefix("torch."),
-        **about,
-    }
+    config, ids = draft.config, None if draft.token_ids is None else draft.token_ids.tolist()
+    names = ["hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"]  # fmt: skip
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    if published:
+        content: dict[str, Any] = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "torch_dtype": name_of_dtype,
+        }
+    else:
+        names += ["rope_parameters", "scale_emb", "dim_model_base"]
+        content = {"model_type": MODEL_TYPE, "draft_vocab_size": ids and len(ids), "dtype": name_of_dtype}
+    content |= {name: getattr(config, name) for name in names} | dict(about or {})
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if draft.token_ids is not None:
-        torch.save(draft.token_ids.tolist(), folder / f"freq_{len(draft.token_ids)}.pt")
+    if ids is not None and published:
+        (folder / f"freq_{len(ids)}.pkl").write_bytes(pickle.dumps(ids))
+    elif ids is not None:
+        torch.save(ids, folder / f"freq_{len(ids)}.pt")
 
 
 def draft_config(sizes: Mapping[str, int], target: BlockFFNConfig) -> BlockFFNConfig:

@@ -15,6 +15,25 @@ QUICK = ["batch_size=4", "data.sequence_length=64", "data.align=8", "acceptance.
          "acceptance.prompt_tokens=8", "acceptance.new_tokens=8", "evaluate_rows=4", "log_every=1"]  # fmt: skip
 
 
+@pytest.mark.parametrize("layout", ["ours", "published", "eagle3"])
+def test_a_draft_is_converted_beside_its_target(circle: Path, target_run: Path, tmp_path: Path, layout: str) -> None:
+    run, out = str(tmp_path / "draft"), tmp_path / layout
+    given = ["train-draft", str(target_run), "--data", str(circle), "--out", run, "--draft-vocab", "80", "steps=1"]
+    assert CliRunner().invoke(app, given + QUICK).exit_code == 0
+    convert = ["convert", run, "--to", layout, "--out", str(out), "--json", str(tmp_path / "receipt.json")]
+    refused = CliRunner().invoke(app, convert)
+    assert "add --target" in str(refused.exception)
+    done = CliRunner().invoke(app, [*convert, "--target", str(target_run)])
+    assert done.exit_code == 0, done.output
+    receipt = json.loads((tmp_path / "receipt.json").read_text())
+    assert receipt["bytes"] == (out / "model.safetensors").stat().st_size
+    assert ("inexact" in receipt) == ("not the same" in done.output) == (layout == "eagle3")
+    again = CliRunner().invoke(app, [*convert, "--target", str(target_run)])
+    assert "exists" in str(again.exception)
+    wrong = CliRunner().invoke(app, ["convert", str(target_run), "--target", run, "--out", str(tmp_path / "x")])
+    assert "is for drafts" in str(wrong.exception)
+
+
 def test_options_become_settings_and_a_run_goes_on(
     circle: Path,
     target_run: Path,
