@@ -1,4 +1,4 @@
-"""Writes a draft in the layout of EAGLE-3 heads (`LlamaForCausalLMEagle3`), which vLLM and SGLang read.
+"""Writes a draft in the layout of EAGLE-3 heads (`LlamaForCausalLMEagle3`), as vLLM reads it.
 
 An EAGLE-3 layer joins the inputs in its query, key and value projections and adds its branches to the hidden state
 alone; ours joins them in a linear map with a bias, of which everything else is made. The map is folded into the
@@ -36,8 +36,8 @@ INEXACT = (
     "the state must be the target's last one, after its final norm: an engine must honour "
     "eagle_config.use_aux_hidden_state = false; fc.weight passes on the last of three auxiliary states and is no "
     "substitute",
-    "an engine must honour norm_before_residual = true and attention_bias = true; one that ignores either computes "
-    "something else",
+    "an engine must honour norm_before_residual = true and attention_bias = true; one that ignores either, as "
+    "SGLang does, computes something else",
     "the engine must know the target's architecture",
 )
 

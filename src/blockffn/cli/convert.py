@@ -99,6 +99,9 @@ def convert(
             soft_wrap=True,
         )  # fmt: skip
         return
+    quantization = None
+    if quantize is not None:
+        quantization = BlockFFNQuantizationConfig.preset(quantize, group_size=group_size, **chosen)
     from blockffn.checkpoints.draft import is_draft_folder
 
     if is_draft_folder(path):
@@ -110,9 +113,6 @@ def convert(
         return
     if target is not None:
         raise ValueError(f"--target {target} is for drafts, and {path} is none")
-    quantization = None
-    if quantize is not None:
-        quantization = BlockFFNQuantizationConfig.preset(quantize, group_size=group_size, **chosen)
     rows = convert_folder(
         path,
         out,
