@@ -85,7 +85,7 @@ class DraftTrainSettings:
     compile: bool | None = None
     stored_dtype: str = "bfloat16"
     log_every: int = 10
-    evaluate_every: int = 0
+    evaluate_every: int = 250
     evaluate_rows: int = 32
     evaluate_depth: int = 4
     checkpoint_every: int = 0
