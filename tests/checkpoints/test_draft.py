@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import blockffn
-from blockffn.checkpoints.draft import load_draft
+from blockffn.checkpoints.draft import load_draft, save_draft
 from blockffn.checkpoints.files import CheckpointError
 from tests.checkpoints import published, straight_line
 
@@ -49,6 +49,25 @@ def test_a_frequency_file_restricts_and_maps_the_proposals(folders: tuple[Path, 
     logits = draft.logits(x, target.lm_head.weight)
     torch.testing.assert_close(logits, full.logits(x, target.lm_head.weight)[..., [50, 3, 17, 4, 9]])
     assert draft.proposed_ids(torch.tensor([0, 2])).tolist() == [50, 17]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("as_published", [False, True], ids=["ours", "published"])
+def test_a_draft_is_written_and_read_again(folders: tuple[Path, Path], tmp_path: Path, as_published: bool) -> None:
+    target = blockffn.load(folders[0])
+    (folders[1] / "freq_5.pkl").write_bytes(pickle.dumps([50, 3, 17, 4, 9]))
+    draft = load_draft(folders[1], target.config, vocabulary=5)
+    for out in ("first", "second"):
+        (tmp_path / out).mkdir()
+        save_draft(tmp_path / out, draft, dtype=torch.float32, published=as_published)
+    files = sorted(file.name for file in (tmp_path / "first").iterdir())
+    assert files == ["config.json", "freq_5.pkl" if as_published else "freq_5.pt", "model.safetensors"]
+    assert all((tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes() for name in files)
+    again = load_draft(tmp_path / "first", target.config, vocabulary=5 if as_published else None)
+    assert again.token_ids is not None
+    assert again.token_ids.tolist() == [50, 3, 17, 4, 9]
+    x = torch.randn(2, 1, 7, 64)
+    assert torch.equal(again(*x), draft(*x))
 
 
 def test_without_a_frequency_file_all_tokens_are_proposed(folders: tuple[Path, Path]) -> None:

@@ -19,8 +19,8 @@ def blockffn(*arguments: str, cwd: Path | None = None, stdin: str = "") -> subpr
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, input=stdin, timeout=300)
 
 
-VERBS = ("demo", "prepare", "train", "evaluate", "zero-shot", "analyze", "generate", "threshold", "formats", "convert",
-         "inspect", "report", "presets", "write")  # fmt: skip
+VERBS = ("demo", "prepare", "train", "train-draft", "evaluate", "zero-shot", "analyze", "generate", "threshold",
+         "formats", "convert", "inspect", "report", "presets", "write")  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -39,6 +39,13 @@ def test_every_verb_has_help(verb: str) -> None:
     (["train", "--out", "x", "--data", "nowhere"], "nowhere"),
     (["train", "--out", "x", "--target-sparsity", "0.8e3"], "percentage"),
     (["train", "--resume", "--out", "x", "--method", "dense"], "--method was decided when the run began"),
+    (["train-draft", "--out", "x"], "no target: give the folder"),
+    (["train-draft", "model", "--out", "x"], "no data: give a folder"),
+    (["train-draft", "model", "--out", "x", "unrol=1"], "did you mean 'unroll'?"),
+    (["train-draft", "nowhere", "--out", "x", "--data", "y"], "nowhere holds no model"),
+    (["train-draft", "--resume", "--out", "x"], "x holds no run"),
+    (["train-draft", "--resume", "--out", "x", "--data", "y"], "--data was decided when the run began"),
+    (["train-draft", "model", "--resume", "--out", "x"], "MODEL was decided when the run began"),
     (["demo", "method=dense"], "the demo decides method itself"),
     (["evaluate", "nowhere"], "nowhere holds no model"),
     (["generate", "nowhere"], "nowhere holds no model"),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from blockffn.checkpoints.draft import is_draft
-from blockffn.checkpoints.files import WEIGHT_SUFFIXES, StoredTensor, open_tensors
+from blockffn.checkpoints.draft import CARD, IGNORED, is_draft
+from blockffn.checkpoints.files import WEIGHT_SUFFIXES, StoredTensor, open_tensors, read_json
 from blockffn.checkpoints.load import check_folder, model_folder
 from blockffn.checkpoints.recognise import Folder, recognise
 from blockffn.metrics.cost import active_parameters, parameter_counts, weight_bytes_per_token
@@ -32,7 +33,7 @@ def inspect(path: Path, *, tls_percent: float) -> dict[str, Any]:
     folder_path = model_folder(path)
     tensors = open_tensors(folder_path)
     if is_draft(tensors):
-        return {"kind": "draft", "path": str(folder_path), **_storage(tensors)}
+        return {"kind": "draft", "path": str(folder_path), **_draft(folder_path, tensors), **_storage(tensors)}
     folder = recognise(folder_path)
     check_folder(folder)
     config = folder.config
@@ -53,6 +54,20 @@ def inspect(path: Path, *, tls_percent: float) -> dict[str, Any]:
         "quantization": folder.quantization,
         **storage,
         "oddities": folder.oddities + _file_oddities(folder),
+    }
+
+
+def _draft(path: Path, tensors: dict[str, StoredTensor]) -> dict[str, Any]:
+    """Sizes of a draft, as its configuration says them, and its card, if it was trained here."""
+    settings = read_json(path / "config.json")
+    names = ("target", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "vocab_size", "draft_vocab_size")  # fmt: skip
+    own = [tensor for name, tensor in tensors.items() if name not in IGNORED]
+    card = path / CARD
+    return {
+        "architecture": {name: settings.get(name) for name in names},
+        "parameters": sum(math.prod(tensor.shape) for tensor in own),
+        "card": read_json(card) if card.is_file() else None,
     }
 
 

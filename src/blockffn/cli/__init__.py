@@ -20,6 +20,7 @@ from blockffn.cli import (
     report,
     threshold,
     train,
+    train_draft,
     write,
     zero_shot,
 )
@@ -33,8 +34,8 @@ app = typer.Typer(
     "Start with [bold]blockffn demo[/]: it trains a small model on this machine and shows what it learnt.",
 )
 for verb in (
-    demo, prepare, train, evaluate, zero_shot, analyze, generate, threshold, formats, convert, inspect, report, presets,
-    write,
+    demo, prepare, train, train_draft, evaluate, zero_shot, analyze, generate, threshold, formats, convert, inspect,
+    report, presets, write,
 ):  # fmt: skip
     verb.register(app)
 

@@ -27,7 +27,12 @@ def register(app: typer.Typer) -> None:
 def convert(
     path: Annotated[Path, typer.Argument(help="Folder of a run, or of a model.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It is made whole or not at all.")],
-    to: Annotated[str, typer.Option(help="Layout: ours, or published (SparseLLM/BlockFFN's).")] = "ours",
+    to: Annotated[
+        str, typer.Option(help="Layout: ours, published (SparseLLM/BlockFFN's); of drafts also eagle3.")
+    ] = "ours",
+    target: Annotated[
+        Path | None, typer.Option(help="A draft's target, if PATH is a draft.", show_default=False)
+    ] = None,
     quantize: Annotated[str | None, typer.Option(help="Store weights in int8 or int4.", show_default=False)] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     ffn: _Format = None,
@@ -55,6 +60,9 @@ def convert(
 
     Opens runs, models, the published repositories as downloaded and their training checkpoints; --to published writes
     the layout of those repositories.
+
+    A draft (blockffn train-draft) is converted beside its --target; --to eagle3 writes the layout of other engines, and
+    says what it does not express.
 
     --from-dense turns any Llama-like model into one with experts, and prints how far each stage is from the original.
 
@@ -94,6 +102,17 @@ def convert(
     quantization = None
     if quantize is not None:
         quantization = BlockFFNQuantizationConfig.preset(quantize, group_size=group_size, **chosen)
+    from blockffn.checkpoints.draft import is_draft_folder
+
+    if is_draft_folder(path):
+        from blockffn.cli.convert_draft import convert_draft
+
+        if quantize is not None:
+            raise ValueError(f"{path} is a draft, which is not quantised; leave --quantize {quantize} out")
+        write_json(json_path, convert_draft(path, out, to=to, target=target, dtype=dtype, console=console))
+        return
+    if target is not None:
+        raise ValueError(f"--target {target} is for drafts, and {path} is none")
     rows = convert_folder(
         path,
         out,

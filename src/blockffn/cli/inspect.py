@@ -37,12 +37,30 @@ def inspect(
         console.print(f"[bold]{heading:>12}[/]  {text}")
 
 
+def _draft_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    a, card = found["architecture"], found["card"]
+    proposes = f"the {a['draft_vocab_size']:,} most frequent tokens" if a["draft_vocab_size"] else "all tokens"
+    target = f", {a['target']}" if a["target"] else ""
+    lines = [
+        ("kind", f"an EAGLE draft: open it beside its target{target}"),
+        ("layers", f"{a['num_hidden_layers'] or 1}, width {a['hidden_size']}, FFN {a['intermediate_size']}, "
+                   f"{a['num_attention_heads']} heads on {a['num_key_value_heads']} keys"),
+        ("proposes", proposes),
+        ("parameters", f"{found['parameters']:,}; embeddings and head are the target's"),
+    ]  # fmt: skip
+    if card is not None and card["decoding"]["tree"] is not None:
+        tree, text = card["decoding"]["tree"], card["heldout_text"]
+        lines.append(("accepted", f"{tree['acceptance_length']:.2f} tokens per verification in greedy decoding with "
+                                  f"trees, {text['acceptance_length']:.2f} with chains on held-out text"))  # fmt: skip
+    return lines
+
+
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     stored = ", ".join(f"{size / 1e6:,.1f} MB {dtype}" for dtype, size in found["bytes_by_dtype"].items())
     files = f"{len(found['files'])} files ({found['files'][0]} …)" if len(found["files"]) > 1 else found["files"][0]
     storage = ("stored", f"{stored}; {found['tensors']} tensors in {files}")
     if found["kind"] == "draft":
-        return [("kind", "an EAGLE draft: open it beside its target"), storage]
+        return [*_draft_lines(found), storage]
     a, counts = found["architecture"], found["parameters"]
     ffn = f"{a['num_experts']} experts × {a['moe_intermediate_size']}" if a["ffn_type"] == "moe" else "dense"
     attention = f"{a['attention_type'].upper()}, {a['num_attention_heads']} heads"

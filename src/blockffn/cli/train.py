@@ -76,7 +76,7 @@ def train(
         settings = changed_settings(to_dict(settings), changes)
     else:
         if data:
-            changes = merge({"data": {"folders": _folders(data)}}, changes)
+            changes = merge({"data": {"folders": folder_weights(data)}}, changes)
         if target_sparsity is not None:
             changes = merge(_set_point(target_sparsity), changes)
         if start_from is not None:
@@ -111,7 +111,7 @@ def train(
     )
 
 
-def _folders(data: list[str]) -> dict[str, float]:
+def folder_weights(data: list[str]) -> dict[str, float]:
     """`["a", "b=0.5"]` to weights; a folder without one weighs 1."""
     folders = {}
     for item in data:

@@ -8,6 +8,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
 from blockffn.models.causal_lm import BlockFFNForCausalLM
+from blockffn.models.draft import DraftModel
 from blockffn.training.config import OptimizerSettings
 
 ROUTER, MATRICES, UNSCALED = "router", "matrices", "unscaled"
@@ -25,7 +26,7 @@ def parameter_group(name: str) -> str:
     return UNSCALED if "norm" in name and ".router." not in name else MATRICES
 
 
-def make_optimizer(model: BlockFFNForCausalLM, settings: OptimizerSettings) -> Optimizer:
+def make_optimizer(model: BlockFFNForCausalLM | DraftModel, settings: OptimizerSettings) -> Optimizer:
     """AdamW over three groups, each with `peak_lr` and `name`; weight decay on all parameters, as published."""
     groups: dict[str, list[nn.Parameter]] = {ROUTER: [], MATRICES: [], UNSCALED: []}
     for name, parameter in model.named_parameters():

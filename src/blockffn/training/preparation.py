@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,22 +36,27 @@ def with_vocabulary(settings: TrainSettings) -> TrainSettings:
     """
     if not settings.data.folders:
         raise ValueError("no data: give a folder that `blockffn prepare` made, as data.folders or with --data")
-    manifests = [load_manifest(Path(folder)) for folder in settings.data.folders]
     if settings.start_from is not None:  # its vocabulary is its own, and the data's must be the same
-        expected = tokenizer_hash(load_tokenizer(model_folder(Path(settings.start_from))))
-        for folder, manifest in zip(settings.data.folders, manifests):
-            if manifest.tokenizer_hash != expected:
-                raise ValueError(
-                    f"{folder} was prepared with another tokenizer than that of {settings.start_from}; "
-                    f"prepare the text anew: blockffn prepare … --tokenizer {settings.start_from}"
-                )
+        check_tokenizer(settings.data.folders, settings.start_from)
         return settings
+    manifests = [load_manifest(Path(folder)) for folder in settings.data.folders]
     needed = max(manifest.vocab_size for manifest in manifests)
     chosen = settings.model.get("vocab_size", needed)
     if chosen < needed:
         raise ValueError(f"model.vocab_size is {chosen}, but the data's tokenizer has {needed} tokens")
     tokens = {name: getattr(manifests[0], name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return replace(settings, model={**tokens, **settings.model, "vocab_size": chosen})
+
+
+def check_tokenizer(folders: Iterable[str], model: str) -> None:
+    """Raises `ValueError` if a prepared folder was made with another tokenizer than that of the folder `model`."""
+    expected = tokenizer_hash(load_tokenizer(model_folder(Path(model))))
+    for folder in folders:
+        if load_manifest(Path(folder)).tokenizer_hash != expected:
+            raise ValueError(
+                f"{folder} was prepared with another tokenizer than that of {model}; "
+                f"prepare the text anew: blockffn prepare … --tokenizer {model}"
+            )
 
 
 def make_model(settings: TrainSettings) -> BlockFFNForCausalLM:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +17,8 @@ except ImportError:  # not a POSIX system: nothing keeps two runs apart there
     fcntl = None  # type: ignore[assignment]
 
 SECONDS_BETWEEN_LINES = 15.0
+# What the bar shows: key of a record, its label, its format.
+LANGUAGE_MODEL = (("language_model_loss", "loss", "{:.3f}"), ("tls", "TLS", "{:.1f}%"), ("cls8", "CLS8", "{:.1f}%"))
 
 
 class RunLog:
@@ -25,10 +28,18 @@ class RunLog:
 
     Args:
         progress: show a bar on a terminal, and elsewhere a line every 15 seconds.
+        shown: what stands there of a record, beside the tokens a second.
     """
 
     def __init__(
-        self, run: Path, *, first_step: int, steps: int, tensorboard: bool = True, progress: bool = True
+        self,
+        run: Path,
+        *,
+        first_step: int,
+        steps: int,
+        tensorboard: bool = True,
+        progress: bool = True,
+        shown: Sequence[tuple[str, str, str]] = LANGUAGE_MODEL,
     ) -> None:
         self.path = run / "metrics.jsonl"
         self._drop_after(first_step)
@@ -38,6 +49,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+        self._shown = shown
         self._steps, self._lines = steps, progress and not sys.stderr.isatty()
         self._last_line = time.monotonic()
         self._bar = tqdm(
@@ -70,10 +82,7 @@ class RunLog:
         if self._events is not None:
             for name, value in _flat(record):
                 self._events.add_scalar(name, value, record["step"])
-        shown = {"loss": f"{record['language_model_loss']:.3f}"}
-        for key, label in (("tls", "TLS"), ("cls8", "CLS8")):
-            if record.get(key) is not None:
-                shown[label] = f"{record[key]:.1f}%"
+        shown = {label: text.format(record[key]) for key, label, text in self._shown if record.get(key) is not None}
         shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
         self._bar.set_postfix(shown, refresh=True)
         if self._lines and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:

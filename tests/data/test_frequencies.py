@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from blockffn.data.manifest import load_manifest
-from blockffn.data.prepare import prepare
-from blockffn.inference.speculative.frequencies import (
+from blockffn.data.frequencies import (
     count_frequencies,
     most_frequent,
     read_frequencies,
     write_frequencies,
 )
+from blockffn.data.manifest import load_manifest
+from blockffn.data.prepare import prepare
 
 
 @pytest.fixture(scope="module")
