@@ -6,7 +6,11 @@ import pytest
 
 from blockffn.inference.make_target import make_target
 from blockffn.inference.model_target import ModelTarget
+from blockffn.inference.native_target import NativeTarget
+from blockffn.ops import native
 from tests.models.conftest import tiny_model
+
+needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="the native kernels are not built")
 
 
 def test_the_models_own_modules_run_on_request() -> None:
@@ -15,11 +19,38 @@ def test_the_models_own_modules_run_on_request() -> None:
     assert target.capacity == 32
 
 
+@needs_native
+@pytest.mark.parametrize("method", ["blockffn", "dense", "remoe"])
+def test_auto_is_native_on_the_cpu(method: str) -> None:
+    target = make_target(tiny_model("mla", method), capacity=32)
+    assert isinstance(target, NativeTarget)
+    assert target.capacity == 32
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("topk", "no router of the type 'topk'"),
+        ("grin", "'sparsemixer'"),
+        ("deco", "no shared experts"),
+    ],
+)
+def test_what_native_cannot_run_goes_to_the_model_and_is_named(method: str, reason: str) -> None:
+    model = tiny_model("gqa", method)
+    assert isinstance(make_target(model), ModelTarget)
+    with pytest.raises(ValueError, match=f"backend 'native' cannot run this model.*{reason}.*use backend='model'"):
+        make_target(model, backend="native")
+    with pytest.raises(ValueError, match=f"precision 'int8' needs the native backend.*{reason}"):
+        make_target(model, precision="int8")
+
+
 def test_wrong_choices_are_errors() -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match=r"unknown backend 'fast' for decoding; choose one of auto, native, model"):
         make_target(model, backend="fast")
     with pytest.raises(ValueError, match=r"unknown precision 'int3'; choose one of auto, bf16"):
         make_target(model, precision="int3")
-    with pytest.raises(ValueError, match="precision 'int8' needs the backend native"):
+    with pytest.raises(ValueError, match="precision 'int8' needs the native backend: the backend model was asked for"):
         make_target(model, backend="model", precision="int8")
+    with pytest.raises(ValueError, match="the model's context of 64 tokens, got 65"):
+        make_target(model, capacity=65)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from blockffn.inference.model_target import ModelTarget
+from blockffn.inference.native_model import why_not_native
+from blockffn.inference.native_target import NativeTarget
 from blockffn.inference.target import Target
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 
@@ -16,9 +18,11 @@ def make_target(
     """A target that decodes with `model`.
 
     Args:
-        backend: `native` runs a step as one call of the CPU kernels, over weights that it packs; `model` runs the
-            model's own modules, on any device; `auto` is `native` where it can run the model, else `model`.
-        precision: of the packed weights; `auto`: as the model stores them. Other values need `native`.
+        backend: `native` runs a step as one call of the CPU kernels, over weights that it packs (`NativeTarget`);
+            `model` runs the model's own modules, on any device (`ModelTarget`); `auto` is `native` where it can run the
+            model (`why_not_native` gives the reason against), else `model`.
+        precision: of the packed weights, the head's included (int8 for `int4`); `auto`: as the model stores them. Other
+            values need the native backend. Weights that are stored packed keep their format.
         capacity: tokens that the cache holds; default: the model's context.
 
     Raises:
@@ -28,14 +32,11 @@ def make_target(
         raise ValueError(f"unknown backend {backend!r} for decoding; choose one of {', '.join(BACKENDS)}")
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    reason = why_not_native(model)
-    if backend == "native" and reason is not None:
-        raise ValueError(f"backend 'native' cannot run this model: {reason}")
+    reason = "the backend model was asked for" if backend == "model" else why_not_native(model)
+    if reason is None:
+        return NativeTarget(model, capacity=capacity, format=None if precision == "auto" else precision)
+    if backend == "native":
+        raise ValueError(f"backend 'native' cannot run this model: {reason}; use backend='model'")
     if precision != "auto":
-        raise ValueError(f"precision {precision!r} needs the backend native: {reason or 'you asked for model'}")
+        raise ValueError(f"precision {precision!r} needs the native backend: {reason}")
     return ModelTarget(model, capacity=capacity)
-
-
-def why_not_native(model: BlockFFNForCausalLM) -> str | None:
-    """Why the native step cannot run this model, and what can; `None` when it can."""
-    return "it is not part of this version; use backend='model'"
