@@ -93,16 +93,22 @@ class Attention {
     means_ = memory.at<float>(at_means_);
   }
 
+  // For latent attention: has memory deliver the weights that a task reads first.
+  void begin(const blockffn_layer& layer, int64_t task) const {
+    const int64_t bytes = Strips(layer.to_latent).total_bytes();
+    if (task < num_tasks()) start_reading(layer.to_latent.data + first_head(task) * bytes, bytes);
+  }
+
   void run(const Job& job, int64_t task, int64_t thread) const {
-    const int64_t key_head = task / splits_, part = task % splits_;
-    const int64_t first = key_head * groups_ + part * groups_ / splits_;
-    const int64_t last = key_head * groups_ + (part + 1) * groups_ / splits_;
+    const int64_t key_head = task / splits_, first = first_head(task), last = first_head(task + 1);
     const int64_t rows = (last - first) * positions_.num_tokens, most = isa_.max_tokens[cache_.format()];
     for (int64_t row = 0; row < rows; row += most)
       attend(job, key_head, first, row, row + most < rows ? row + most : rows, thread);
   }
 
  private:
+  // The heads of a task are those up to the next one's first.
+  int64_t first_head(int64_t task) const { return task / splits_ * groups_ + task % splits_ * groups_ / splits_; }
   bool is_latent() const { return model_.attention == BLOCKFFN_LATENT; }
 
   int64_t largest_row() const {

@@ -16,6 +16,7 @@ namespace {
 using namespace blockffn;
 
 constexpr int64_t kFewTokens = 2;
+constexpr int64_t kAhead = 64 << 10;  // bytes of the next phase that memory delivers while threads wait for each other
 
 // A matrix whose strips the threads share.
 struct Product {
@@ -29,7 +30,8 @@ struct Product {
   // The first stretch of a thread, on its way from memory.
   Stretch begin(int64_t threads) {
     const Stretch stretch = take(threads);
-    if (!stretch.empty()) start_reading(at(stretch.begin));
+    const int64_t bytes = (stretch.end - stretch.begin) * strips.bytes;
+    if (!stretch.empty()) start_reading(at(stretch.begin), bytes < kAhead ? bytes : kAhead);
     return stretch;
   }
 };
@@ -180,14 +182,16 @@ class DecodeStep {
     if (is_latent()) ahead = work.query.begin(threads);
     worker.clock.add_to(BLOCKFFN_PROJECTIONS);
     for_each_token(worker, work.stored, [&](int64_t t) { store_position(index, t); });
+    int64_t task = work.attention_tasks.take();
     if (is_latent()) {
       multiply(worker, work.query, ahead, out_rows_, num_tokens_, query_, [](int64_t, int64_t) {});
+      attention_.begin(layer, task);
       worker.clock.add_to(BLOCKFFN_PROJECTIONS);
       meet(worker, [] {});
     }
     const Strips& queries = is_latent() ? work.query.strips : work.in.strips;
     const Attention::Job job{&layer, index, is_latent() ? query_ : in_, queries.padded_outputs(), attended_, attended_width()};
-    for (int64_t task; (task = work.attention_tasks.take()) < attention_.num_tasks();) attention_.run(job, task, worker.index);
+    for (; task < attention_.num_tasks(); task = work.attention_tasks.take()) attention_.run(job, task, worker.index);
     ahead = work.out.begin(threads);
     worker.clock.add_to(BLOCKFFN_ATTENTION);
     for_each_token(worker, work.attended, [&](int64_t t) {

@@ -37,7 +37,7 @@ struct StripCall {
 // across the end of a stretch. Hardware prefetchers stop at the end of a page, and a core that waits for sums does not
 // look far ahead by itself.
 inline void prefetch(const StripCall& call, const uint8_t* weights) {
-  constexpr int kNear = 2 << 10, kFar = 10 << 10;  // bytes
+  constexpr int kNear = 4 << 10, kFar = 10 << 10;  // bytes
   const uint8_t* near = weights + kNear;
   const uint8_t* far = weights + kFar;
   near += near >= call.reading.end ? call.reading.jump : 0;
@@ -48,9 +48,9 @@ inline void prefetch(const StripCall& call, const uint8_t* weights) {
   __builtin_prefetch(near + 64);
 }
 
-// The first bytes of a thread's first stretch, which no earlier stretch has prefetched.
-inline void start_reading(const uint8_t* weights) {
-  for (int line = 0; line < (10 << 10); line += 64) __builtin_prefetch(weights + line, 0, 2);
+// The beginning of a thread's first stretch, which no earlier stretch has prefetched.
+inline void start_reading(const uint8_t* weights, int64_t bytes = 10 << 10) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(weights + line, 0, 2);
 }
 
 struct Kernels {
