@@ -3,8 +3,8 @@
     python benchmarks/decode_step.py --size 0.8b --formats bf16 int8 --json benchmarks/results/decode-step.json
 
 The model has the shape of a preset and random weights; a routing threshold lets each token activate the wanted share of
-experts. Contestants take turns, `--rounds` times; each turn decodes `--steps` steps of `--tokens` tokens after a prompt of
-`--context` tokens. Columns:
+experts. Contestants take turns, `--rounds` times; each turn decodes `--steps` steps of `--tokens` tokens after a prompt
+of `--context` tokens. Columns:
 
     ms          a step, median over rounds
     tok/s       tokens of a step by its time (drafted ones included where a step has several)
@@ -34,6 +34,7 @@ from blockffn.inference.target import Target, prefill
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.models.rotary import RotaryEmbedding
 from blockffn.ops import native
+from blockffn.ops.quantization import MatrixLayout
 from blockffn.presets import preset_config
 
 FLUSH_BYTES = 256 << 20
@@ -96,8 +97,6 @@ def bytes_read(target: NativeTarget, union: list[int], positions: int) -> float:
 
 
 def matrix_bytes(matrix: native.Matrix) -> int:
-    from blockffn.ops.quantization import MatrixLayout
-
     if not matrix.data:
         return 0
     format = list(native.FORMATS)[matrix.format]
@@ -148,7 +147,8 @@ class Contestant:
         active = statistics.mean(a for a, _ in self.shares) / num_experts if self.shares else None
         union = statistics.mean(u for _, u in self.shares) / num_experts if self.shares else None
         return Row(
-            self.name, self.tokens, self.context, 1e3 * median, 1e3 * min(self.times), self.tokens / median, active, union,
+            self.name, self.tokens, self.context, 1e3 * median, 1e3 * min(self.times), self.tokens / median,
+            active, union,
             statistics.mean(self.megabytes) if self.megabytes else None,
             statistics.median(self.percents) if self.percents else None, statistics.median(self.bandwidths),
             {part: 100 * value / whole for part, value in seconds.items()} if whole != 1.0 else {},

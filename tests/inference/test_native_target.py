@@ -233,6 +233,15 @@ def test_reset_forgets_everything() -> None:
     assert torch.equal(target.extend(tokens).logits, first)
 
 
+def test_the_size_of_weights_is_that_of_their_format() -> None:
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 64, "vocab_size": 512, "kv_lora_rank": 64}
+    model = tiny_model("mla", **sizes, q_lora_rank=64, qk_nope_head_dim=64, v_head_dim=64)
+    bits = {f: NativeTarget(model, format=f, head_format=f).bits_per_weight for f in ("f32", "bf16", "int8")}
+    assert 32 <= bits["f32"] < 36  # padding of narrow matrices
+    assert 16 <= bits["bf16"] < 18
+    assert 8.25 <= bits["int8"] < 9.5
+
+
 def test_times_are_collected_on_request() -> None:
     target = NativeTarget(tiny_model())
     target.extend(ids(3))

@@ -35,7 +35,7 @@ class ModelTarget:
         self._capacity = checked_capacity(model, capacity)
         self.cache = self.forward.make_cache(self._capacity)
         self._length = 0
-        self._pending: _Pending | None = None
+        self._pending: Pending | None = None
 
     @property
     def length(self) -> int:
@@ -55,13 +55,13 @@ class ModelTarget:
         Raises:
             ValueError: tokens are pending, none were given, they do not fit, or a parent does not precede its child.
         """
-        self._check_room(tokens)
-        _check_parents(tokens, parents)
+        check_room(tokens, self._pending, length=self._length, capacity=self._capacity)
+        check_parents(tokens, parents)
         if parents is None:
             result = _join([self._run_chain(tokens, begin) for begin in range(0, len(tokens), self.chunk_size)])
         else:
             result = self._run_tree(tokens, parents)
-        self._pending = _Pending(len(tokens), parents)
+        self._pending = Pending(len(tokens), parents)
         return result.step(self.forward.logits(result.hidden))
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ class ModelTarget:
         Raises:
             ValueError: as `extend`.
         """
-        self._check_room(tokens)
+        check_room(tokens, self._pending, length=self._length, capacity=self._capacity)
         result = _join([self._run_chain(tokens, begin) for begin in range(0, len(tokens), self.chunk_size)])
         self._length += len(tokens)
         return result.step(self.forward.logits(result.hidden[-1:]))
@@ -90,17 +90,6 @@ class ModelTarget:
             self.cache.move(self._length + kept.to(self.forward.device), self._length)
         self._length += len(kept)
         self._pending = None
-
-    def _check_room(self, tokens: Tensor) -> None:
-        if self._pending is not None:
-            raise ValueError("tokens are pending: commit those to keep (possibly none) before the next extend")
-        if tokens.ndim != 1 or not len(tokens):
-            raise ValueError(f"extend takes tokens [T] with T of at least 1, got the shape {tuple(tokens.shape)}")
-        if self._length + len(tokens) > self._capacity:
-            raise ValueError(
-                f"{self._length} committed tokens and {len(tokens)} more exceed the cache's capacity of "
-                f"{self._capacity}; make the target with a larger one, or commit less"
-            )
 
     def _run_chain(self, tokens: Tensor, begin: int) -> Forward:
         piece = tokens[begin : begin + self.chunk_size].to(self.forward.device)
@@ -122,7 +111,7 @@ class ModelTarget:
 
 
 @dataclass(frozen=True)
-class _Pending:
+class Pending:
     """The last extend: how many tokens, and their parents (`None`: a chain)."""
 
     count: int
@@ -209,7 +198,20 @@ def ancestors_of(parents: Tensor) -> Tensor:
     return reach > 0
 
 
-def _check_parents(tokens: Tensor, parents: Tensor | None) -> None:
+def check_room(tokens: Tensor, pending: Pending | None, *, length: int, capacity: int) -> None:
+    """Raise `ValueError` unless `tokens` can extend a cache of so many committed tokens."""
+    if pending is not None:
+        raise ValueError("tokens are pending: commit those to keep (possibly none) before the next extend")
+    if tokens.ndim != 1 or not len(tokens):
+        raise ValueError(f"extend takes tokens [T] with T of at least 1, got the shape {tuple(tokens.shape)}")
+    if length + len(tokens) > capacity:
+        raise ValueError(
+            f"{length} committed tokens and {len(tokens)} more exceed the cache's capacity of {capacity}; make the "
+            "target with a larger one, or commit less"
+        )
+
+
+def check_parents(tokens: Tensor, parents: Tensor | None) -> None:
     if parents is None:
         return
     if parents.shape != tokens.shape:

@@ -87,6 +87,11 @@ class NativeModel:
         group_size: weights that share a scale in int8 and int4.
         cache_dtype: float32 or bfloat16.
 
+    Attributes:
+        description: what the C functions take.
+        layers_with_experts: their numbers.
+        bits_per_weight: of the packed matrices in memory, on average.
+
     Raises:
         ValueError: the model is not supported (`why_not_native`), or a weight cannot be quantised.
     """
@@ -109,11 +114,13 @@ class NativeModel:
         self.format, self.group_size = format, group_size
         self.head_format = head_format or ("int8" if format == "int4" else format)
         self._owned: list[Any] = []  # what the description points to
+        self._packed_bytes = self._num_weights = 0
         self._modules = list(model.model.layers)
         self.layers_with_experts = [i for i, layer in enumerate(self._modules) if isinstance(layer.mlp, BlockFFN)]
         with torch.no_grad():
             self._layers = (native.Layer * len(self._modules))(*(self._layer(layer) for layer in self._modules))
             self.description = self._description(model, capacity, cache_dtype)
+        self.bits_per_weight = 8 * self._packed_bytes / self._num_weights
         self.refresh_thresholds()
         cache = torch.zeros(native.function("cache_bytes")(self.description), dtype=torch.uint8)
         self.description.cache = self._address(cache)
@@ -191,6 +198,7 @@ class NativeModel:
         for heads in (keys.transpose(1, 2), values):
             layout = MatrixLayout.choose(format, heads.shape[1], heads.shape[2], self.group_size)
             data = torch.cat([pack_matrix(head, layout) for head in heads])
+            self._count(data[layout.num_bytes :], heads[1:].numel())  # the first one is counted with the matrix
             matrices.append(self._matrix(PackedMatrix(data, layout)))
         return matrices[0], matrices[1]
 
@@ -251,15 +259,21 @@ class NativeModel:
 
     def _matrix(self, packed: PackedMatrix) -> native.Matrix:
         layout = packed.layout
+        self._count(packed.data, layout.outputs * layout.inputs)
         address = self._address(packed.data)
         return native.Matrix(address, layout.outputs, layout.inputs, FORMATS[layout.format], layout.group_size)
 
     def _experts(self, packed: PackedExperts) -> native.Experts:
         up, down = packed.up, packed.down
+        self._count(packed.data, packed.num_experts * up.outputs * up.inputs * (3 if packed.gated else 2))
         return native.Experts(
             self._address(packed.data), packed.data.shape[1], packed.num_experts, up.outputs, up.inputs,
             FORMATS[up.format], packed.gated, up.group_size, down.group_size,
         )  # fmt: skip
+
+    def _count(self, data: Tensor, num_weights: int) -> None:
+        self._packed_bytes += data.nbytes
+        self._num_weights += num_weights
 
     def _plain(self, weight: Tensor) -> native.Matrix:
         """Rows where they lie, in float32 or bfloat16."""

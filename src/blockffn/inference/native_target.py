@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from blockffn.inference.model_target import _check_parents, _Pending, checked_capacity
+from blockffn.inference.model_target import Pending, check_parents, check_room, checked_capacity
 from blockffn.inference.native_model import NativeModel
 from blockffn.inference.target import Step
 from blockffn.models.causal_lm import BlockFFNForCausalLM
@@ -24,6 +24,7 @@ class NativeTarget:
         cache_dtype: float32 or bfloat16; default: float32 where the weights are, else bfloat16.
 
     Attributes:
+        bits_per_weight: that the weights which steps read take in memory, on average.
         times: whether steps add up the seconds of their parts in `seconds`.
         seconds: by part of `blockffn.ops.native.PARTS`; `between` is norms, routing, and waiting for other threads.
 
@@ -51,6 +52,7 @@ class NativeTarget:
             cache_dtype=cache_dtype,
         )  # fmt: skip
         self.vocab_size = model.config.vocab_size
+        self.bits_per_weight = self.weights.bits_per_weight
         self.times = False
         self._dtype, self._hidden_size = dtype, model.config.hidden_size
         self._padded_vocab = -(-self.vocab_size // 32) * 32
@@ -58,7 +60,7 @@ class NativeTarget:
         self._model = self.weights.description
         self._workspace = native.empty_huge(native.function("step_workspace")(self._model))
         self._length = 0
-        self._pending: _Pending | None = None
+        self._pending: Pending | None = None
 
     @property
     def length(self) -> int:
@@ -84,12 +86,12 @@ class NativeTarget:
             ValueError: tokens are pending, none were given, they do not fit, one is outside the vocabulary, a parent
                 does not precede its child, or a tree of more than 64 tokens.
         """
-        self._check_room(tokens)
-        _check_parents(tokens, parents)
+        check_room(tokens, self._pending, length=self._length, capacity=self._capacity)
+        check_parents(tokens, parents)
         if parents is not None and len(tokens) > native.MAX_STEP:
             raise ValueError(f"a tree has at most {native.MAX_STEP} tokens here, got {len(tokens)}; draft fewer")
         step = self._run(tokens, parents, num_logits=len(tokens))
-        self._pending = _Pending(len(tokens), parents)
+        self._pending = Pending(len(tokens), parents)
         return step
 
     def prefill(self, tokens: Tensor) -> Step:
@@ -98,7 +100,7 @@ class NativeTarget:
         Raises:
             ValueError: as `extend`.
         """
-        self._check_room(tokens)
+        check_room(tokens, self._pending, length=self._length, capacity=self._capacity)
         step = self._run(tokens, None, num_logits=1)
         self._length += len(tokens)
         return step
@@ -116,17 +118,6 @@ class NativeTarget:
         native.function("move_positions")(self._model, source.data_ptr(), len(source), self._length)
         self._length += len(kept)
         self._pending = None
-
-    def _check_room(self, tokens: Tensor) -> None:
-        if self._pending is not None:
-            raise ValueError("tokens are pending: commit those to keep (possibly none) before the next extend")
-        if tokens.ndim != 1 or not len(tokens):
-            raise ValueError(f"extend takes tokens [T] with T of at least 1, got the shape {tuple(tokens.shape)}")
-        if self._length + len(tokens) > self._capacity:
-            raise ValueError(
-                f"{self._length} committed tokens and {len(tokens)} more exceed the cache's capacity of "
-                f"{self._capacity}; make the target with a larger one, or commit less"
-            )
 
     def _run(self, tokens: Tensor, parents: Tensor | None, *, num_logits: int) -> Step:
         """Run tokens after the committed ones, in pieces; the last `num_logits` of them get logits."""

@@ -1,4 +1,4 @@
-"""`make_target`: which way of running a model serves a request."""
+"""What runs a model for decoding, chosen by name."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from blockffn.inference.native_target import NativeTarget
 from blockffn.inference.target import Target
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 
-BACKENDS = ("auto", "native", "model")
+BACKENDS = ("auto", "model", "native")
 PRECISIONS = ("auto", "bf16", "int8", "int4", "f32")
 
 
 def make_target(
     model: BlockFFNForCausalLM, *, backend: str = "auto", precision: str = "auto", capacity: int | None = None
 ) -> Target:
-    """A target that decodes with `model`.
+    """A target that runs `model`.
 
     Args:
         backend: `native` runs a step as one call of the CPU kernels, over weights that it packs (`NativeTarget`);
@@ -29,14 +29,17 @@ def make_target(
         ValueError: an unknown backend or precision, one that cannot run this model, or a capacity beyond its context.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r} for decoding; choose one of {', '.join(BACKENDS)}")
+        raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
     if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    reason = "the backend model was asked for" if backend == "model" else why_not_native(model)
-    if reason is None:
+        raise ValueError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
+    reason = None if backend == "model" else why_not_native(model)
+    if backend != "model" and reason is None:
         return NativeTarget(model, capacity=capacity, format=None if precision == "auto" else precision)
     if backend == "native":
         raise ValueError(f"backend 'native' cannot run this model: {reason}; use backend='model'")
     if precision != "auto":
-        raise ValueError(f"precision {precision!r} needs the native backend: {reason}")
+        because = "" if reason is None else f" (native cannot run this model: {reason})"
+        raise ValueError(
+            f"backend 'model' computes with the model's own dtype, not {precision!r}; leave precision out{because}"
+        )
     return ModelTarget(model, capacity=capacity)
