@@ -21,7 +21,7 @@
 
 #include <stdint.h>
 
-#define BLOCKFFN_API_VERSION 1
+#define BLOCKFFN_API_VERSION 2
 
 #pragma GCC visibility push(default) /* all else in the library is hidden */
 #ifdef __cplusplus
@@ -72,6 +72,99 @@ int32_t blockffn_sparse_ffn_plain(const void* up, const void* gate, const void* 
                                   int64_t hidden_size, int64_t num_tokens, int32_t dtype, const void* x,
                                   int64_t x_stride, const float* weights, int64_t weights_stride, float threshold,
                                   void* y);
+
+/* A whole step of a language model: embedding, layers, norm and head for up to BLOCKFFN_MAX_STEP tokens, in one parallel
+ * region.
+ *
+ * A layer is x += s * attention(norm(x)), then x += s * ffn(norm(x)). Norms are root-mean-square ones; vectors are floats.
+ * The parts of `in_proj` lie one after the other, each rounded up to 32 outputs: q, k and v for grouped queries; for latent
+ * attention (MLA) the queries' latent, and the keys' latent with the shared rotary key. */
+enum { BLOCKFFN_MAX_STEP = 64 };
+enum { BLOCKFFN_GROUPED_QUERIES = 0, BLOCKFFN_LATENT = 1 };
+
+typedef struct {
+  const float* attention_norm; /* [hidden_size] */
+  blockffn_matrix in_proj;
+  blockffn_matrix out_proj; /* the heads' values, one head after the other */
+  /* For latent attention alone. The heads of to_latent (each latent_size x nope_width: the keys' projection, transposed)
+   * and of to_values (each value_width x latent_size) lie one after the other; these matrices describe one head. */
+  const float* query_norm;  /* [query_latent_size] */
+  const float* latent_norm; /* [latent_size] */
+  blockffn_matrix query_proj;
+  blockffn_matrix to_latent;
+  blockffn_matrix to_values;
+
+  const float* ffn_norm; /* [hidden_size] */
+  /* A dense FFN is one gated expert with a router without data. Else a token's routing weights are r = max(0, router *
+   * x), divided by sqrt(mean(r²) + eps) if `router_normalizes`, times `router_scale` if given. */
+  blockffn_matrix router;
+  const float* router_scale; /* [num_experts] or NULL */
+  int32_t router_normalizes;
+  float threshold;
+  blockffn_experts experts;
+} blockffn_layer;
+
+typedef struct {
+  int64_t num_layers;
+  int64_t hidden_size;
+  int64_t vocab_size;
+  int64_t num_heads;
+  int64_t num_key_heads; /* 1 for latent attention */
+  int64_t nope_width;    /* of a head's query without position; 0 for grouped queries */
+  int64_t rope_width;    /* of the rotated rest */
+  int64_t value_width;
+  int64_t query_latent_size;
+  int64_t latent_size;
+  int64_t capacity; /* positions of the cache */
+  int64_t max_threads;
+  int32_t attention;
+  int32_t cache_format; /* BLOCKFFN_F32 or BLOCKFFN_BF16 */
+  float norm_eps;
+  float latent_norm_eps;
+  float query_scale;     /* of the scores before the softmax */
+  float embedding_scale;
+  float residual_scale;
+  float head_scale;      /* of the head's input */
+  const float* rotary;   /* [capacity][2][rope_width / 2]: cosines, then sines */
+  /* A packed matrix of vocab_size outputs, or with `embedding_is_plain` rows [vocab_size][hidden_size], f32 or bf16. */
+  blockffn_matrix embedding;
+  int64_t embedding_is_plain;
+  const float* final_norm;
+  blockffn_matrix head;
+  const blockffn_layer* layers;
+  void* cache; /* blockffn_cache_bytes, zero at first */
+} blockffn_model;
+
+/* Parts of a step whose times can be asked for; the last is norms, routing and waiting for other threads. */
+enum { BLOCKFFN_PROJECTIONS, BLOCKFFN_ATTENTION, BLOCKFFN_ROUTER, BLOCKFFN_FFN, BLOCKFFN_HEAD, BLOCKFFN_BETWEEN,
+       BLOCKFFN_NUM_PARTS };
+
+/* What a step runs and where its results go; nothing may be NULL that is not said to. */
+typedef struct {
+  int64_t num_tokens; /* 1 .. BLOCKFFN_MAX_STEP */
+  const int64_t* tokens;
+  const int64_t* parents; /* of each token, earlier ones of this step; -1: the last position before it. NULL: a chain */
+  int64_t length;         /* positions before the step; it fills the cache's positions from there on, token by token */
+  int64_t num_logits;     /* the last so many tokens get logits */
+  float* hidden;          /* [num_tokens][hidden_size], after the last norm */
+  float* logits;          /* [num_logits][vocab_size rounded up to 32] */
+  int64_t* num_union;     /* [num_layers]: experts that the tokens activate together; 1 for a dense layer */
+  int64_t* num_active;    /* [num_layers][num_tokens] */
+  uint8_t* is_active;     /* [num_layers][num_tokens][most experts of a layer], 0 or 1 up to a layer's own; or NULL */
+  void* workspace;        /* blockffn_step_workspace bytes */
+  double* seconds;        /* [BLOCKFFN_NUM_PARTS] of one thread, added to; or NULL */
+} blockffn_step;
+
+/* One target, one thread at a time: a step writes the cache and the workspace. Different targets run side by side.
+ * BLOCKFFN_BAD_ARGUMENT: too many tokens, a token outside the vocabulary, a parent that does not precede its token, or
+ * more positions than the cache has. */
+int32_t blockffn_decode_step(const blockffn_model* model, const blockffn_step* step);
+int64_t blockffn_cache_bytes(const blockffn_model* model);
+int64_t blockffn_step_workspace(const blockffn_model* model);
+
+/* Copies positions source[0 .. count - 1] of the cache, ascending, to `destination` and those after it, which must not lie
+ * behind their sources. */
+void blockffn_move_positions(const blockffn_model* model, const int64_t* source, int64_t count, int64_t destination);
 
 /* Which kernels run: the name of the instruction set, and the reason if `BLOCKFFN_CPU_ISA` could not be honoured (else
  * NULL). */

@@ -37,7 +37,7 @@ struct StripCall {
 // across the end of a stretch. Hardware prefetchers stop at the end of a page, and a core that waits for sums does not
 // look far ahead by itself.
 inline void prefetch(const StripCall& call, const uint8_t* weights) {
-  constexpr int kNear = 2 << 10, kFar = 10 << 10;  // bytes
+  constexpr int kNear = 4 << 10, kFar = 10 << 10;  // bytes
   const uint8_t* near = weights + kNear;
   const uint8_t* far = weights + kFar;
   near += near >= call.reading.end ? call.reading.jump : 0;
@@ -48,9 +48,9 @@ inline void prefetch(const StripCall& call, const uint8_t* weights) {
   __builtin_prefetch(near + 64);
 }
 
-// The first bytes of a thread's first stretch, which no earlier stretch has prefetched.
-inline void start_reading(const uint8_t* weights) {
-  for (int line = 0; line < (10 << 10); line += 64) __builtin_prefetch(weights + line, 0, 2);
+// The beginning of a thread's first stretch, which no earlier stretch has prefetched.
+inline void start_reading(const uint8_t* weights, int64_t bytes = 10 << 10) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(weights + line, 0, 2);
 }
 
 struct Kernels {
@@ -61,6 +61,10 @@ struct Kernels {
   void (*prepare[4])(const float* x, int64_t count, int64_t inputs, int64_t group, uint8_t* row);
   // values[i] = silu(values[i]) * weight; with `gate`: silu(gate[i]) * values[i] * weight. `count` is a multiple of 32.
   void (*activate)(float* values, const float* gate, float weight, int64_t count);
+  // out[i] = x[i] / sqrt(mean(x²) + eps) * weight[i] * factor; `out` may be `x`.
+  void (*normalize)(const float* x, const float* weight, float eps, float factor, int64_t count, float* out);
+  // values[i] = exp(values[i] - max), at least e^-87; returns their sum. The result of a count depends on nothing else.
+  float (*exponentials)(float* values, int64_t count);
   // Rows of plain [rows][count] weights: outputs[m][r] = dot(weights[r], x[m]); bf16 weights when `is_bf16`.
   void (*dot_rows)(const void* weights, bool is_bf16, int64_t rows, int64_t count, const float* const* x, int num_tokens,
                    float* const* outputs);
@@ -99,6 +103,16 @@ inline uint16_t float_to_bf16(float value) {
   __builtin_memcpy(&bits, &value, 4);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, magnitude = half & 0x7fff;
+  // Placing the bits in a float divides the value by 2^112; this also normalises subnormal halves.
+  const uint32_t bits = magnitude >= 0x7c00 ? 0x7f800000u | (magnitude & 0x3ff) << 13 : magnitude << 13;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  if (magnitude < 0x7c00) value *= 5.192296858534828e33f;
+  return sign ? -value : value;
 }
 
 // Each is null where this build or this processor lacks the instructions.

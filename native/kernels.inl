@@ -279,6 +279,51 @@ void activate(float* values, const float* gate, float weight, int64_t count) {
   }
 }
 
+// The lanes of four registers, always added in the same order.
+inline float sum_of_lanes(const typename Vec::F (&sums)[4]) {
+  float lanes[Vec::kLanes];
+  Vec::store(lanes, Vec::add(Vec::add(sums[0], sums[1]), Vec::add(sums[2], sums[3])));
+  float total = 0;
+  for (float lane : lanes) total += lane;
+  return total;
+}
+
+void normalize(const float* x, const float* weight, float eps, float factor, int64_t count, float* out) {
+  using F = typename Vec::F;
+  F sums[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+  int64_t i = 0;
+  for (; i + 4 * Vec::kLanes <= count; i += 4 * Vec::kLanes)
+    for (int part = 0; part < 4; ++part) {
+      const F value = Vec::load(x + i + part * Vec::kLanes);
+      sums[part] = Vec::fma(value, value, sums[part]);
+    }
+  float total = sum_of_lanes(sums);
+  for (; i < count; ++i) total += x[i] * x[i];
+  const float inverse = factor / __builtin_sqrtf(total / static_cast<float>(count) + eps);
+  for (i = 0; i < count; ++i) out[i] = x[i] * inverse * weight[i];
+}
+
+float exponentials(float* values, int64_t count) {
+  using F = typename Vec::F;
+  constexpr int kMaxima = 16;  // independent, so that they are compared side by side
+  float maxima[kMaxima];
+  for (float& largest : maxima) largest = -__builtin_inff();
+  int64_t i = 0;
+  for (; i + kMaxima <= count; i += kMaxima)
+    for (int lane = 0; lane < kMaxima; ++lane)
+      maxima[lane] = values[i + lane] > maxima[lane] ? values[i + lane] : maxima[lane];
+  float largest = -__builtin_inff();
+  for (; i < count; ++i) largest = values[i] > largest ? values[i] : largest;
+  for (float value : maxima) largest = value > largest ? value : largest;
+  for (i = 0; i < count; ++i) values[i] = exp_nonpositive(values[i] - largest);
+  F sums[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+  for (i = 0; i + 4 * Vec::kLanes <= count; i += 4 * Vec::kLanes)
+    for (int part = 0; part < 4; ++part) sums[part] = Vec::add(sums[part], Vec::load(values + i + part * Vec::kLanes));
+  float total = sum_of_lanes(sums);
+  for (; i < count; ++i) total += values[i];
+  return total;
+}
+
 template <bool kIsBf16>
 inline typename Vec::F load_plain(const void* weights, int64_t index) {
   if constexpr (kIsBf16) return Vec::load_bf16(static_cast<const uint16_t*>(weights) + index);
@@ -408,6 +453,8 @@ constexpr Kernels make_kernels(const char* name) {
                  {strip<kF32>, strip<kBf16>, strip<kInt8>, strip<kInt4>},
                  {prepare_float, prepare_float, prepare_int8, prepare_int8},
                  activate,
+                 normalize,
+                 exponentials,
                  dot_rows,
                  add_rows,
                  sum};

@@ -32,7 +32,7 @@ struct Vec {
   static F mul(F a, F b) { return a * b; }
   static F load_half(const uint8_t* p) {
     F v;
-    for (int i = 0; i < 4; ++i) v[i] = half_to_float(static_cast<uint16_t>(p[2 * i] | p[2 * i + 1] << 8));
+    for (int i = 0; i < 4; ++i) v[i] = blockffn::half_to_float(static_cast<uint16_t>(p[2 * i] | p[2 * i + 1] << 8));
     return v;
   }
   static F load_bf16(const uint16_t* p) {
@@ -85,20 +85,6 @@ struct Vec {
   static F to_float(I v) {
     return F{static_cast<float>(v.lane[0]), static_cast<float>(v.lane[1]), static_cast<float>(v.lane[2]),
              static_cast<float>(v.lane[3])};
-  }
-
-  static float half_to_float(uint16_t half) {
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-    const uint32_t magnitude = half & 0x7fff;
-    if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000u | (magnitude & 0x3ff) << 13);
-    // Placing the bits in a float divides the value by 2^112; this also normalises subnormal halves.
-    const float value = from_bits(magnitude << 13) * 5.192296858534828e33f;
-    return sign ? -value : value;
-  }
-  static float from_bits(uint32_t bits) {
-    float value;
-    __builtin_memcpy(&value, &bits, 4);
-    return value;
   }
 };
 

@@ -18,7 +18,7 @@ class Linear {
         num_tokens_(num_tokens),
         dtype_(x.dtype),
         y_(y),
-        runs_(strips_.count(), num_threads(), shortest_stretch(strips_.bytes)) {}
+        threads_(num_threads()) {}
 
   bool run() {
     Workspace memory;
@@ -36,11 +36,13 @@ class Linear {
  private:
   void on_each_thread() {
     tokens_.in_region();
-    for (int64_t run = tasks_.take(), next; run < runs_.count(); run = next) {
-      next = tasks_.take();  // already, so that it can be prefetched
-      compute(runs_.begin(run), runs_.end(run), next < runs_.count() ? at(runs_.begin(next)) : nullptr);
+    for (Stretch stretch = take(), next; !stretch.empty(); stretch = next) {
+      next = take();  // already, so that it can be prefetched
+      compute(stretch.begin, stretch.end, next.empty() ? nullptr : at(next.begin));
     }
   }
+
+  Stretch take() { return share_.take(strips_.count(), threads_, shortest_stretch(strips_.bytes)); }
 
   const uint8_t* at(int64_t strip) const { return data_ + strip * strips_.bytes; }
 
@@ -63,9 +65,9 @@ class Linear {
   const int64_t num_tokens_;
   const int32_t dtype_;
   void* const y_;
-  const Runs runs_;
+  const int64_t threads_;
   float* sums_ = nullptr;  // [tokens][padded outputs]
-  Counter tasks_;
+  Share share_;
 };
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "parallel.h"
 
+#include <sched.h>
+
 #include "blockffn.h"
 
 namespace {
@@ -42,6 +44,19 @@ void blockffn::run_on_threads(void (*work)(void*), void* context, int64_t max_th
 
 void blockffn::wait_for_all() {
   if (!alone) gomp_barrier();
+}
+
+void blockffn::Meeting::pause(int64_t tries) {
+  constexpr int64_t kSpins = 4000;  // some 50 us; then whoever else wants this core may have it
+  if (tries >= kSpins) {
+    sched_yield();
+    return;
+  }
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
 }
 
 extern "C" void blockffn_use_threads(void* parallel, void* barrier, void* max_threads) {

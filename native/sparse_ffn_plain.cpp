@@ -40,7 +40,8 @@ class SparseFfnPlain {
         weights_(weights),
         x_(x),
         y_(y),
-        runs_((experts.hidden_size + kColumns - 1) / kColumns, num_threads(), 2),
+        column_runs_((experts.hidden_size + kColumns - 1) / kColumns),
+        threads_(num_threads()),
         tasks_per_expert_((experts.width + kRowsPerTask - 1) / kRowsPerTask) {}
 
   bool run() {
@@ -78,8 +79,8 @@ class SparseFfnPlain {
     for (int64_t task; (task = hidden_tasks_.take()) < num_union_ * tasks_per_expert_;)
       compute_hidden(union_[task / tasks_per_expert_], task % tasks_per_expert_ * kRowsPerTask);
     wait_for_all();
-    for (int64_t run; (run = output_tasks_.take()) < runs_.count();)
-      compute_outputs(runs_.begin(run) * kColumns, runs_.end(run) * kColumns);
+    for (Stretch run; run = output_share_.take(column_runs_, threads_, 2), !run.empty();)
+      compute_outputs(run.begin * kColumns, run.end * kColumns);
   }
 
   void compute_hidden(const ExpertTokens& tokens, int64_t row) {
@@ -132,7 +133,8 @@ class SparseFfnPlain {
   const RoutingWeights weights_;
   const TokenRows x_;
   void* const y_;
-  const Runs runs_;
+  const int64_t column_runs_;
+  const int64_t threads_;
   const int64_t tasks_per_expert_;
 
   Pair* pairs_ = nullptr;
@@ -143,7 +145,7 @@ class SparseFfnPlain {
   float* sums_ = nullptr;    // [tokens][hidden_size]
   float* floats_ = nullptr;  // tokens as floats, when they come as bf16
   Counter hidden_tasks_;
-  Counter output_tasks_;
+  Share output_share_;
 };
 
 }  // namespace

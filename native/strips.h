@@ -1,6 +1,7 @@
 // What the packed sparse FFN and the packed linear map share: a matrix in strips, and tokens prepared for it.
 #pragma once
 
+#include "blockffn.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "tokens.h"
@@ -20,6 +21,8 @@ struct Strips {
         inputs(padded_inputs(format, inputs, group)),
         group(group),
         bytes(strip_bytes(format, this->inputs, group)) {}
+  explicit Strips(const blockffn_matrix& matrix)
+      : Strips(matrix.format, matrix.outputs, matrix.inputs, matrix.group) {}
   int64_t count() const { return (outputs + kStrip - 1) / kStrip; }
   int64_t padded_outputs() const { return count() * kStrip; }
   int64_t total_bytes() const { return count() * bytes; }
@@ -86,29 +89,6 @@ class PreparedTokens {
   uint8_t* rows_ = nullptr;
   uint8_t* floats_ = nullptr;
   Counter counter_;
-};
-
-// Output strips in runs that threads take in turn: long ones first, so that memory is read in long stretches, and short
-// ones last, so that all threads finish together.
-class Runs {
- public:
-  Runs() = default;
-  Runs(int64_t strips, int64_t threads, int64_t shortest) {
-    for (int64_t at = 0; at < strips;) {
-      const int64_t left = strips - at, share = left / (2 * threads);
-      const bool last = count_ == kMost - 1 || left < 2 * shortest;
-      at += last ? left : share > shortest ? share : shortest;
-      ends_[count_++] = at;
-    }
-  }
-  int64_t count() const { return count_; }
-  int64_t begin(int64_t run) const { return run == 0 ? 0 : ends_[run - 1]; }
-  int64_t end(int64_t run) const { return ends_[run]; }
-
- private:
-  static constexpr int64_t kMost = 512;
-  int64_t ends_[kMost];
-  int64_t count_ = 0;
 };
 
 // Strips to be read in one stretch, so that prefetching ahead stays inside it for most of the time.

@@ -34,8 +34,10 @@ def test_every_instruction_set_passes_the_same_tests(isa: str) -> None:
         pytest.skip("these kernels are the ones that all other tests run")
     if python("from blockffn.ops import native; native.isa()", BLOCKFFN_CPU_ISA=isa).returncode:
         pytest.skip(f"this processor has no {isa}")
-    files = ["tests/ops/test_sparse_ffn_cpu.py", "tests/ops/test_linear.py"]  # all comparisons with the reference
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "agree or alike", *files]
+    # All comparisons with the reference.
+    files = ["tests/ops/test_sparse_ffn_cpu.py", "tests/ops/test_linear.py", "tests/inference/test_native_target.py"]
+    chosen = "agree or alike or equal"
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", chosen, *files]
     environment = os.environ | {"BLOCKFFN_CPU_ISA": isa}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blockffn.inference.decode import GenerationSettings
 from blockffn.inference.model_target import ModelTarget
-from blockffn.inference.speculative.decode import Settings, speculative_generate
+from blockffn.inference.speculative.decode import Speculation, speculative_generate
 from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.drafters.eagle import eagle_drafter
 from blockffn.inference.speculative.drafters.ngram import NgramDrafter
 from blockffn.inference.speculative.growth import BestNodes
+from blockffn.inference.speculative.statistics import SpeculationStatistics
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.models.draft import DraftModel
 from blockffn.training.draft.settings import AcceptanceSettings
@@ -58,21 +60,16 @@ def decoding_acceptance(
     if not prompts:
         raise ValueError("no held-out text is long enough to continue; ask for shorter prompts")
     target = ModelTarget(model, capacity=max(map(len, prompts)) + new_tokens)
-    settings = Settings(max_new_tokens=new_tokens)
-    tried, accepted = [0] * settings.max_depth, [0] * settings.max_depth
-    tokens = verifications = drafted = 0
+    settings = GenerationSettings(max_new_tokens=new_tokens, temperature=0.0)
+    total = SpeculationStatistics()
     for prompt in prompts:
-        statistics = speculative_generate(target, drafter, prompt, settings).statistics
-        tokens += statistics.verified_tokens
-        verifications += statistics.verifications
-        drafted += statistics.nodes
-        for i, (t, a) in enumerate(zip(statistics.tried, statistics.accepted)):
-            tried[i] += t
-            accepted[i] += a
+        generation = speculative_generate(target, Speculation(drafter), prompt.tolist(), settings)
+        assert generation.statistics.speculation is not None
+        total.add(generation.statistics.speculation)
     return {
-        "acceptance_length": tokens / max(verifications, 1),
-        "acceptance_by_depth": [a / t for a, t in zip(accepted, tried) if t],
-        "verifications": verifications,
+        "acceptance_length": total.acceptance_length,
+        "acceptance_by_depth": total.acceptance_by_depth,
+        "verifications": total.verifications,
         "new_tokens": new_tokens * len(prompts),
-        "tree_size": drafted / max(verifications, 1),
+        "tree_size": total.tree_size,
     }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blockffn.inference.decode_plan import DecodePlan, StepOutputs, refuses_plan
-from blockffn.inference.model_target import ModelTarget, Pending, ancestors_of, check_parents
+from blockffn.inference.model_target import ModelTarget, Pending, ancestors_of, check_parents, check_room
 from blockffn.inference.target import Step
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.ops.decode import MAX_TOKENS
@@ -56,7 +56,7 @@ class GraphTarget(ModelTarget):
         """As `ModelTarget.extend`; does not wait for the GPU."""
         if len(tokens) > MAX_TOKENS:
             return super().extend(tokens, parents)
-        self._check_room(tokens)
+        check_room(tokens, self._pending, length=self._length, capacity=self._capacity)
         check_parents(tokens, parents)
         count, step = len(tokens), self._step(len(tokens))
         device = self.forward.device if tokens.is_cuda or (parents is not None and parents.is_cuda) else None

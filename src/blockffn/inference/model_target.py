@@ -55,7 +55,7 @@ class ModelTarget:
         Raises:
             ValueError: tokens are pending, none were given, they do not fit, or a parent does not precede its child.
         """
-        self._check_room(tokens)
+        check_room(tokens, self._pending, length=self._length, capacity=self._capacity)
         check_parents(tokens, parents)
         if parents is None:
             result = _join([self._run_chain(tokens, begin) for begin in range(0, len(tokens), self.chunk_size)])
@@ -71,7 +71,7 @@ class ModelTarget:
         Raises:
             ValueError: as `extend`.
         """
-        self._check_room(tokens)
+        check_room(tokens, self._pending, length=self._length, capacity=self._capacity)
         result = _join([self._run_chain(tokens, begin) for begin in range(0, len(tokens), self.chunk_size)])
         self._length += len(tokens)
         return result.step(self.forward.logits(result.hidden[-1:]))
@@ -90,17 +90,6 @@ class ModelTarget:
             self.cache.move(self._length + kept.to(self.forward.device), self._length)
         self._length += len(kept)
         self._pending = None
-
-    def _check_room(self, tokens: Tensor) -> None:
-        if self._pending is not None:
-            raise ValueError("tokens are pending: commit those to keep (possibly none) before the next extend")
-        if tokens.ndim != 1 or not len(tokens):
-            raise ValueError(f"extend takes tokens [T] with T of at least 1, got the shape {tuple(tokens.shape)}")
-        if self._length + len(tokens) > self._capacity:
-            raise ValueError(
-                f"{self._length} committed tokens and {len(tokens)} more exceed the cache's capacity of "
-                f"{self._capacity}; make the target with a larger one, or commit less"
-            )
 
     def _run_chain(self, tokens: Tensor, begin: int) -> Forward:
         piece = tokens[begin : begin + self.chunk_size].to(self.forward.device)
@@ -207,6 +196,19 @@ def ancestors_of(parents: Tensor) -> Tensor:
     for _ in range(max(count - 1, 0).bit_length()):
         reach = (reach @ reach).clamp(max=1)
     return reach > 0
+
+
+def check_room(tokens: Tensor, pending: Pending | None, *, length: int, capacity: int) -> None:
+    """Raise `ValueError` unless `tokens` can extend a cache of so many committed tokens."""
+    if pending is not None:
+        raise ValueError("tokens are pending: commit those to keep (possibly none) before the next extend")
+    if tokens.ndim != 1 or not len(tokens):
+        raise ValueError(f"extend takes tokens [T] with T of at least 1, got the shape {tuple(tokens.shape)}")
+    if length + len(tokens) > capacity:
+        raise ValueError(
+            f"{length} committed tokens and {len(tokens)} more exceed the cache's capacity of {capacity}; make the "
+            "target with a larger one, or commit less"
+        )
 
 
 def check_parents(tokens: Tensor, parents: Tensor | None) -> None:

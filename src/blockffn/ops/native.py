@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-API_VERSION = 1
+API_VERSION = 2
 LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 FORMATS = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3}
@@ -51,6 +51,85 @@ class Matrix(Structure):
     )
 
 
+class Layer(Structure):
+    """`blockffn_layer`."""
+
+    _fields_ = (
+        ("attention_norm", c_void_p),
+        ("in_proj", Matrix),
+        ("out_proj", Matrix),
+        ("query_norm", c_void_p),
+        ("latent_norm", c_void_p),
+        ("query_proj", Matrix),
+        ("to_latent", Matrix),
+        ("to_values", Matrix),
+        ("ffn_norm", c_void_p),
+        ("router", Matrix),
+        ("router_scale", c_void_p),
+        ("router_normalizes", c_int32),
+        ("threshold", c_float),
+        ("experts", Experts),
+    )
+
+
+class Model(Structure):
+    """`blockffn_model`."""
+
+    _fields_ = (
+        ("num_layers", c_int64),
+        ("hidden_size", c_int64),
+        ("vocab_size", c_int64),
+        ("num_heads", c_int64),
+        ("num_key_heads", c_int64),
+        ("nope_width", c_int64),
+        ("rope_width", c_int64),
+        ("value_width", c_int64),
+        ("query_latent_size", c_int64),
+        ("latent_size", c_int64),
+        ("capacity", c_int64),
+        ("max_threads", c_int64),
+        ("attention", c_int32),
+        ("cache_format", c_int32),
+        ("norm_eps", c_float),
+        ("latent_norm_eps", c_float),
+        ("query_scale", c_float),
+        ("embedding_scale", c_float),
+        ("residual_scale", c_float),
+        ("head_scale", c_float),
+        ("rotary", c_void_p),
+        ("embedding", Matrix),
+        ("embedding_is_plain", c_int64),
+        ("final_norm", c_void_p),
+        ("head", Matrix),
+        ("layers", POINTER(Layer)),
+        ("cache", c_void_p),
+    )
+
+
+MAX_STEP = 64  # tokens
+ATTENTION = {"gqa": 0, "mla": 1}
+PARTS = ("projections", "attention", "router", "ffn", "head", "between")  # of a step's time
+
+
+class Step(Structure):
+    """`blockffn_step`."""
+
+    _fields_ = (
+        ("num_tokens", c_int64),
+        ("tokens", c_void_p),
+        ("parents", c_void_p),
+        ("length", c_int64),
+        ("num_logits", c_int64),
+        ("hidden", c_void_p),
+        ("logits", c_void_p),
+        ("num_union", c_void_p),
+        ("num_active", c_void_p),
+        ("is_active", c_void_p),
+        ("workspace", c_void_p),
+        ("seconds", c_void_p),
+    )
+
+
 _TOKENS = (c_int64, c_int32, c_void_p, c_int64)  # num_tokens, dtype, x, x_stride
 _WEIGHTS = (c_void_p, c_int64, c_float)  # weights, weights_stride, threshold
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
@@ -60,6 +139,10 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         c_int32,
         (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, *_TOKENS, *_WEIGHTS, c_void_p),
     ),
+    "blockffn_decode_step": (c_int32, (POINTER(Model), POINTER(Step))),
+    "blockffn_cache_bytes": (c_int64, (POINTER(Model),)),
+    "blockffn_step_workspace": (c_int64, (POINTER(Model),)),
+    "blockffn_move_positions": (None, (POINTER(Model), c_void_p, c_int64, c_int64)),
     "blockffn_isa": (c_char_p, ()),
     "blockffn_isa_error": (c_char_p, ()),
     "blockffn_use_threads": (None, (c_void_p, c_void_p, c_void_p)),

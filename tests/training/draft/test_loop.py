@@ -19,13 +19,14 @@ from blockffn.checkpoints.files import CheckpointError, read_frequencies
 from blockffn.checkpoints.inspect import inspect
 from blockffn.data.frequencies import count_frequencies, most_frequent
 from blockffn.inference.model_target import ModelTarget
-from blockffn.inference.speculative.decode import Settings, speculative_generate
+from blockffn.inference.speculative.decode import Speculation
 from blockffn.inference.speculative.drafters.eagle import eagle_drafter
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.training.draft.loop import train_draft
 from blockffn.training.draft.preparation import make_draft
 from blockffn.training.draft.settings import DraftTrainSettings
 from blockffn.training.results import read_metrics
+from tests.inference.speculative.stub_targets import decode_losslessly
 from tests.models.conftest import tiny_model
 from tests.training.draft.conftest import settings_of
 
@@ -71,11 +72,8 @@ def test_a_trained_draft_is_accepted_more_than_a_fresh_one_and_than_ngrams(
 def test_decoding_with_it_gives_what_plain_decoding_gives(trained: Path, target: BlockFFNForCausalLM) -> None:
     draft = load_draft(trained, target.config)
     for prompt in (torch.arange(3, 15), torch.arange(280, 290)):
-        decoded = speculative_generate(
-            ModelTarget(target), eagle_drafter(draft, target), prompt, Settings(max_new_tokens=40, check_lossless=True)
-        )
-        assert decoded.checked
-        assert decoded.difference is None
+        speculation = Speculation(eagle_drafter(draft, target))
+        decode_losslessly(ModelTarget(target), speculation, prompt.tolist(), 40)
 
 
 def test_the_folder_is_known_and_belongs_to_its_target(trained: Path, target: BlockFFNForCausalLM) -> None:
@@ -123,11 +121,7 @@ def test_a_reduced_vocabulary_is_the_datas_most_frequent_tokens(
     assert draft.token_ids.tolist() == ids
     assert load_draft(tmp_path, target.config, vocabulary=target.config.vocab_size).token_ids is None
     assert card_of(tmp_path)["draft_vocab_size"] == 60
-    drafter = eagle_drafter(draft, target)
-    decoded = speculative_generate(
-        ModelTarget(target), drafter, torch.arange(3, 15), Settings(max_new_tokens=20, check_lossless=True)
-    )
-    assert decoded.difference is None
+    decode_losslessly(ModelTarget(target), Speculation(eagle_drafter(draft, target)), list(range(3, 15)), 20)
 
 
 def test_bfloat16_stays_near_float32(tmp_path: Path, settings: MakeSettings) -> None:

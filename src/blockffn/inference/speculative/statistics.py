@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from blockffn.inference.speculative.tree import DraftTree
@@ -43,6 +44,15 @@ class SpeculationStatistics:
                 self.accepted.append(0)
             self.tried[depth] += 1
             self.accepted[depth] += depth < len(verdict.path)
+
+    def add(self, other: SpeculationStatistics) -> None:
+        """Add those of another text."""
+        self.verifications += other.verifications
+        self.verified_tokens += other.verified_tokens
+        self.nodes += other.nodes
+        self.largest_tree = max(self.largest_tree, other.largest_tree)
+        self.tried = [sum(pair) for pair in zip_longest(self.tried, other.tried, fillvalue=0)]
+        self.accepted = [sum(pair) for pair in zip_longest(self.accepted, other.accepted, fillvalue=0)]
 
     @property
     def acceptance_length(self) -> float | None:

@@ -1,0 +1,170 @@
+"""`NativeTarget`: the language model behind the `Target` protocol, a step of which is one call of the CPU kernels."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from blockffn.inference.model_target import Pending, check_parents, check_room, checked_capacity
+from blockffn.inference.native_model import NativeModel
+from blockffn.inference.target import Step
+from blockffn.models.causal_lm import BlockFFNForCausalLM
+from blockffn.ops import native
+from blockffn.ops.quantization import DEFAULT_GROUP_SIZE
+
+
+class NativeTarget:
+    """A `Target` that runs `model` on the CPU over weights that it packs. One thread at a time may use it.
+
+    Args:
+        capacity: tokens that the cache holds; default: the model's context.
+        format, head_format, group_size: of the packed weights, see `NativeModel`.
+        cache_dtype: float32 or bfloat16; default: float32 where the weights are, else bfloat16.
+
+    Attributes:
+        bits_per_weight: that the weights which steps read take in memory, on average.
+        times: whether steps add up the seconds of their parts in `seconds`.
+        seconds: by part of `blockffn.ops.native.PARTS`; `between` is norms, routing, and waiting for other threads.
+
+    Raises:
+        ValueError: a model that is not supported, or a capacity beyond its context.
+    """
+
+    def __init__(
+        self,
+        model: BlockFFNForCausalLM,
+        *,
+        capacity: int | None = None,
+        format: str | None = None,
+        head_format: str | None = None,
+        group_size: int = DEFAULT_GROUP_SIZE,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
+        dtype = model.model.norm.weight.dtype
+        if cache_dtype is None:
+            exact = format == "f32" or (format is None and dtype == torch.float32)
+            cache_dtype = torch.float32 if exact else torch.bfloat16
+        self._capacity = checked_capacity(model, capacity)
+        self.weights = NativeModel(
+            model, capacity=self._capacity, format=format, head_format=head_format, group_size=group_size,
+            cache_dtype=cache_dtype,
+        )  # fmt: skip
+        self.vocab_size = model.config.vocab_size
+        self.bits_per_weight = self.weights.bits_per_weight
+        self.times = False
+        self._dtype, self._hidden_size = dtype, model.config.hidden_size
+        self._padded_vocab = -(-self.vocab_size // 32) * 32
+        self._seconds = torch.zeros(len(native.PARTS), dtype=torch.float64)
+        self._model = self.weights.description
+        self._workspace = native.empty_huge(native.function("step_workspace")(self._model))
+        self._length = 0
+        self._pending: Pending | None = None
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return dict(zip(native.PARTS, self._seconds.tolist()))
+
+    def reset(self) -> None:
+        """Forget all tokens. Thresholds that were changed in the model hold from here on."""
+        self._length, self._pending = 0, None
+        self.weights.refresh_thresholds()
+
+    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
+        """As the protocol says.
+
+        Raises:
+            ValueError: tokens are pending, none were given, they do not fit, one is outside the vocabulary, a parent
+                does not precede its child, or a tree of more than 64 tokens.
+        """
+        check_room(tokens, self._pending, length=self._length, capacity=self._capacity)
+        check_parents(tokens, parents)
+        if parents is not None and len(tokens) > native.MAX_STEP:
+            raise ValueError(f"a tree has at most {native.MAX_STEP} tokens here, got {len(tokens)}; draft fewer")
+        step = self._run(tokens, parents, num_logits=len(tokens))
+        self._pending = Pending(len(tokens), parents)
+        return step
+
+    def prefill(self, tokens: Tensor) -> Step:
+        """Run and commit a chain `[T]`, with the logits `[1, V]` of its last token only.
+
+        Raises:
+            ValueError: as `extend`.
+        """
+        check_room(tokens, self._pending, length=self._length, capacity=self._capacity)
+        step = self._run(tokens, None, num_logits=1)
+        self._length += len(tokens)
+        return step
+
+    def commit(self, kept: Tensor) -> None:
+        """As the protocol says.
+
+        Raises:
+            ValueError: nothing is pending, or the indices are no path from a root.
+        """
+        if self._pending is None:
+            raise ValueError("nothing to commit: extend first")
+        self._pending.check_path(kept)
+        source = (self._length + kept).contiguous()
+        native.function("move_positions")(self._model, source.data_ptr(), len(source), self._length)
+        self._length += len(kept)
+        self._pending = None
+
+    def _run(self, tokens: Tensor, parents: Tensor | None, *, num_logits: int) -> Step:
+        """Run tokens after the committed ones, in pieces; the last `num_logits` of them get logits."""
+        count, layers = len(tokens), self._model.num_layers
+        tokens = tokens.to(torch.int64).contiguous()
+        parents = None if parents is None else parents.to(torch.int64).contiguous()
+        hidden = torch.empty(count, self._hidden_size)
+        logits = torch.empty(num_logits, self._padded_vocab)
+        pieces = []
+        for begin in range(0, count, native.MAX_STEP):
+            size = min(native.MAX_STEP, count - begin)
+            first_logit = max(begin - (count - num_logits), 0)
+            union = torch.empty(layers, dtype=torch.int64)
+            active = torch.empty(layers, size, dtype=torch.int64)
+            marks = None
+            if count > native.MAX_STEP:
+                marks = torch.zeros(layers, size, self.weights.most_experts, dtype=torch.uint8)
+            step = native.Step(
+                size,
+                tokens.data_ptr() + 8 * begin,
+                None if parents is None else parents.data_ptr(),
+                self._length + begin,
+                min(size, max(begin + size - (count - num_logits), 0)),
+                hidden.data_ptr() + 4 * begin * self._hidden_size,
+                logits.data_ptr() + 4 * first_logit * self._padded_vocab,
+                union.data_ptr(),
+                active.data_ptr(),
+                None if marks is None else marks.data_ptr(),
+                self._workspace.data_ptr(),
+                self._seconds.data_ptr() if self.times else None,
+            )
+            if native.function("decode_step")(self._model, ctypes.byref(step)):
+                raise ValueError(
+                    f"tokens must lie between 0 and {self.vocab_size - 1}, got {tokens.min()} … {tokens.max()}"
+                )
+            pieces.append((union, active, marks))
+        return Step(logits[:, : self.vocab_size], hidden.to(self._dtype), *self._counts(pieces))
+
+    def _counts(self, pieces: list[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Tensor | None, Tensor | None]:
+        """`union` and `active` of a `Step`."""
+        chosen = self.weights.layers_with_experts
+        if not chosen:
+            return None, None
+        union, active, _ = pieces[0]
+        if len(pieces) > 1:
+            active = torch.cat([piece[1] for piece in pieces], dim=1)
+            union = torch.cat([piece[2] for piece in pieces if piece[2] is not None], dim=1).any(dim=1).sum(dim=-1)
+        if len(chosen) < len(union):
+            union, active = union[chosen], active[chosen]
+        return union, active

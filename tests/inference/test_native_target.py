@@ -1,0 +1,277 @@
+"""The native step against the model's own modules: one network, two plans of running it.
+
+`BLOCKFFN_CPU_ISA` chooses the kernels; `tests/ops/test_native.py` runs this file once for each instruction set.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blockffn.checkpoints.quantization_config import BlockFFNQuantizationConfig
+from blockffn.checkpoints.quantize import pack_model, unpack_model
+from blockffn.inference.decode import GenerationSettings, generate
+from blockffn.inference.model_target import ModelTarget
+from blockffn.inference.native_target import NativeTarget
+from blockffn.inference.target import Step, Target, prefill
+from blockffn.models.causal_lm import BlockFFNForCausalLM
+from blockffn.ops import native
+from tests.models.conftest import ATTENTION, tiny_model
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="the native kernels are not built")
+
+# A tree of two roots: 0 → (2 → 4, 5), 1 → 3.
+PARENTS = torch.tensor([-1, -1, 0, 1, 2, 2])
+PATHS = [[], [0], [1], [0, 2], [1, 3], [0, 2, 4], [0, 2, 5]]
+METHODS = ["blockffn", "dense", "remoe"]
+# Of sums of products of rounded numbers, relative to the size of all logits: int8 and int4 round activations to 8 bits.
+TOLERANCE = {"f32": 1e-5, "bf16": 2e-2, "int8": 5e-2, "int4": 5e-2}
+SIZES = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96, "vocab_size": 77}
+HEADS = {
+    "gqa": {"head_dim": 16},
+    "mla": {"kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 32, "v_head_dim": 32},
+}
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def assert_same(actual: Step, expected: Step, tolerance: float = TOLERANCE["f32"]) -> None:
+    assert actual.logits.shape == expected.logits.shape
+    assert error(actual.logits, expected.logits) < tolerance
+    assert error(actual.hidden, expected.hidden) < tolerance
+    for name in ("union", "active"):
+        ours, theirs = getattr(actual, name), getattr(expected, name)
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs), name
+
+
+def ids(count: int, vocab: int = 61) -> Tensor:
+    return torch.randint(0, vocab, (count,))
+
+
+def both(model: BlockFFNForCausalLM, **options: Any) -> tuple[Target, Target]:
+    return NativeTarget(model, **options), ModelTarget(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("attention", sorted(ATTENTION))
+def test_prefill_and_decoding_equal_the_model(attention: str, method: str, tied: bool) -> None:
+    model = tiny_model(attention, method, tie_word_embeddings=tied)
+    targets = both(model)
+    tokens = ids(20)
+    assert_same(*(prefill(target, tokens[:13]) for target in targets))
+    for i in range(13, 20):
+        assert_same(*(target.extend(tokens[i : i + 1]) for target in targets))
+        for target in targets:
+            target.commit(torch.arange(1))
+    assert [target.length for target in targets] == [20, 20]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("attention", sorted(ATTENTION))
+def test_trees_and_what_is_kept_of_them_equal_the_model(attention: str, path: list[int]) -> None:
+    targets = both(tiny_model(attention))
+    prompt, tree, more = ids(7), ids(6), ids(4)
+    for target in targets:
+        prefill(target, prompt)
+    assert_same(*(target.extend(tree, PARENTS) for target in targets))
+    for target in targets:
+        target.commit(torch.tensor(path, dtype=torch.long))
+    assert_same(*(target.extend(more) for target in targets))
+
+
+@pytest.mark.parametrize("attention", sorted(ATTENTION))
+def test_chains_longer_than_a_step_and_trees_of_64_equal_the_model(attention: str) -> None:
+    targets = both(tiny_model(attention, max_position_embeddings=512, num_hidden_layers=3))
+    prompt, chain, tree = ids(130), ids(129), ids(64)
+    assert_same(*(prefill(target, prompt) for target in targets))
+    assert_same(*(target.extend(chain) for target in targets))
+    for target in targets:
+        target.commit(torch.arange(70))
+    parents = torch.tensor([-1] + [int(torch.randint(-1, i, ())) for i in range(1, 64)])
+    assert_same(*(target.extend(tree, parents) for target in targets))
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("method", ["blockffn", "dense"])
+@pytest.mark.parametrize("attention", sorted(ATTENTION))
+def test_packed_formats_equal_the_model_with_the_values_they_store(attention: str, method: str, format: str) -> None:
+    model = tiny_model(attention, method, **SIZES, **HEADS[attention])
+    tokens, tree = ids(9, 77), ids(6, 77)
+    target = NativeTarget(model, format=format, head_format=format, group_size=32)
+    round_weights(model, format)
+    expected = ModelTarget(model)
+    steps = []
+    for each in (target, expected):
+        prefill(each, tokens)
+        steps.append(each.extend(tree, PARENTS))
+    assert error(steps[0].logits, steps[1].logits) < TOLERANCE[format]
+
+
+@torch.no_grad()
+def round_weights(model: BlockFFNForCausalLM, format: str) -> None:
+    """Give a model the values that packing leaves of its weights."""
+    if format == "bf16":
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "router" not in name and "embed" not in name:
+                parameter.copy_(parameter.bfloat16())
+        return
+    parts = {"ffn": format, "attention": format, "embeddings": None, "lm_head": format}
+    pack_model(model, BlockFFNQuantizationConfig(**parts, group_size=32))
+    unpack_model(model, torch.float32)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", ["blockffn", "dense"])
+@pytest.mark.parametrize("attention", sorted(ATTENTION))
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_model_that_is_packed_is_used_as_it_is(attention: str, method: str, format: str, tied: bool) -> None:
+    model = tiny_model(attention, method, **SIZES, **HEADS[attention], tie_word_embeddings=tied)
+    pack_model(model, BlockFFNQuantizationConfig.preset(format, group_size=32))
+    target, expected = both(model)
+    tokens = ids(9, 77)
+    steps = []
+    for each in (target, expected):
+        prefill(each, tokens[:-1])
+        steps.append(each.extend(tokens[-1:]))
+    assert error(steps[0].logits, steps[1].logits) < TOLERANCE[format]
+    experts = model.model.layers[0].mlp
+    if method == "blockffn":
+        assert target.weights.description.layers[0].experts.data == experts.routed_experts.packed.data_ptr()
+
+
+@pytest.mark.parametrize("attention", sorted(ATTENTION))
+def test_bfloat16_models_decode_close_to_float32(attention: str) -> None:
+    model = tiny_model(attention, "dense").bfloat16()  # experts near a router's zero would come and go
+    target, tokens = NativeTarget(model), ids(9)
+    actual = prefill(target, tokens)
+    assert actual.hidden.dtype == torch.bfloat16
+    assert actual.logits.dtype == torch.float32
+    assert error(actual.logits, prefill(ModelTarget(model.float()), tokens).logits) < TOLERANCE["bf16"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("attention", sorted(ATTENTION))
+def test_greedy_text_is_that_of_the_model(attention: str, method: str) -> None:
+    model = tiny_model(attention, method)
+    prompt = ids(5).tolist()
+    settings = GenerationSettings(max_new_tokens=50)
+    texts = [generate(target, prompt, settings).token_ids for target in both(model)]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 50
+
+
+def test_thresholds_that_change_hold_after_a_reset() -> None:
+    model = tiny_model(num_experts=9)
+    targets = both(model)
+    before = prefill(targets[0], ids(8))
+    model.set_threshold(0.7)
+    tokens = ids(8)
+    for target in targets:
+        target.reset()
+    after = prefill(targets[0], tokens)
+    assert_same(after, prefill(targets[1], tokens))
+    assert before.active is not None
+    assert after.active is not None
+    assert after.active.sum() < before.active.sum()
+
+
+def test_a_layer_without_experts_has_no_row_in_the_counts() -> None:
+    model = tiny_model("mla", "blockffn", first_k_dense_replace=1, num_hidden_layers=3, router_type="relu_scaled")
+    targets = both(model)
+    step = prefill(targets[0], tokens := ids(9))
+    assert_same(step, prefill(targets[1], tokens))
+    assert step.active is not None
+    assert step.active.shape == (2, 9)
+
+
+def test_a_tokens_result_does_not_depend_on_its_company_or_on_threads() -> None:
+    model = tiny_model("mla")
+    tokens = ids(6)
+    alone = NativeTarget(model)
+    prefill(alone, tokens[:5])
+    one = alone.extend(tokens[5:]).logits
+    together = NativeTarget(model)
+    assert torch.equal(together.extend(tokens).logits[5:], one)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(NativeTarget(model).extend(tokens).logits[5:], one)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_two_targets_run_side_by_side() -> None:
+    torch.set_num_threads(2)
+    try:
+        models = [tiny_model(attention) for attention in sorted(ATTENTION)]
+        prompts = [ids(5).tolist() for _ in models]
+        settings = GenerationSettings(max_new_tokens=40)
+        alone = [generate(NativeTarget(m), p, settings).token_ids for m, p in zip(models, prompts)]
+        targets = [NativeTarget(model) for model in models]
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(lambda t, p: generate(t, p, settings).token_ids, targets, prompts))
+        assert together == alone
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_reset_forgets_everything() -> None:
+    target = NativeTarget(tiny_model())
+    tokens = ids(5)
+    first = target.extend(tokens).logits
+    target.reset()
+    target.extend(ids(9))
+    target.reset()
+    assert target.length == 0
+    assert torch.equal(target.extend(tokens).logits, first)
+
+
+def test_the_size_of_weights_is_that_of_their_format() -> None:
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 64, "vocab_size": 512, "kv_lora_rank": 64}
+    model = tiny_model("mla", **sizes, q_lora_rank=64, qk_nope_head_dim=64, v_head_dim=64)
+    bits = {f: NativeTarget(model, format=f, head_format=f).bits_per_weight for f in ("f32", "bf16", "int8")}
+    assert 32 <= bits["f32"] < 36  # padding of narrow matrices
+    assert 16 <= bits["bf16"] < 18
+    assert 8.25 <= bits["int8"] < 9.5
+
+
+def test_times_are_collected_on_request() -> None:
+    target = NativeTarget(tiny_model())
+    target.extend(ids(3))
+    assert not any(target.seconds.values())
+    target.reset()
+    target.times = True
+    target.extend(ids(3))
+    assert all(seconds > 0 for seconds in target.seconds.values())
+
+
+def test_misuse_is_refused() -> None:
+    target = NativeTarget(tiny_model(), capacity=8)
+    with pytest.raises(ValueError, match="nothing to commit"):
+        target.commit(torch.arange(1))
+    with pytest.raises(ValueError, match=r"0 committed tokens and 9 more exceed the cache's capacity of 8"):
+        target.extend(torch.arange(9))
+    with pytest.raises(ValueError, match="precede its token"):
+        target.extend(torch.arange(3), torch.tensor([-1, 1, 0]))
+    with pytest.raises(ValueError, match=r"tokens must lie between 0 and 60, got 1 … 61"):
+        target.extend(torch.tensor([1, 61]))
+    with pytest.raises(ValueError, match="T of at least 1"):
+        target.extend(torch.arange(0))
+    target.extend(torch.arange(6), PARENTS)
+    with pytest.raises(ValueError, match="tokens are pending"):
+        target.extend(torch.arange(1))
+    with pytest.raises(ValueError, match="path from a root"):
+        target.commit(torch.tensor([2]))
+    with pytest.raises(ValueError, match="the model's context of 64 tokens, got 65"):
+        NativeTarget(tiny_model(), capacity=65)
+    with pytest.raises(ValueError, match="at most 64 tokens here, got 65"):
+        NativeTarget(tiny_model(max_position_embeddings=128)).extend(ids(65), torch.full((65,), -1))
+    with pytest.raises(ValueError, match="the cache is float32 or bfloat16"):
+        NativeTarget(tiny_model(), cache_dtype=torch.float16)
