@@ -302,3 +302,14 @@ def test_a_shaper_cuts_every_tree_and_sees_every_verdict(bigram: BigramTarget) -
     assert decoded.token_ids == generate(bigram, PROMPT, greedy(20)).token_ids
     assert counts(decoded).largest_tree == 6
     assert shaper.observed == counts(decoded).verifications
+
+
+def test_counts_of_several_texts_add_up(bigram: BigramTarget) -> None:
+    text = generate(bigram, PROMPT, greedy(25)).token_ids
+    short, long = (OracleDrafter(PROMPT + text, bigram.vocab_size, wrong_every=0, length=n) for n in (2, 5))
+    total = SpeculationStatistics()
+    for drafter in (short, long):
+        total.add(counts(speculate(bigram, drafter, greedy(25))))
+    assert (total.verifications, total.verified_tokens, total.largest_tree) == (8 + 4, 48, 5)
+    assert total.tried == total.accepted == [12, 12, 4, 4, 4]
+    assert total.acceptance_length == 4
