@@ -190,6 +190,14 @@ def test_the_draft_beside_the_model_is_found(folder: Path, tmp_path: Path) -> No
     bare.mkdir()
     (bare / "config.json").write_text("{}")
     assert resolve_draft(bare, "auto") == "ngram"
+    # Trained into the run of its target, a draft is the run `draft` in it.
+    (tmp_path / "other" / "draft").mkdir(parents=True)
+    (tmp_path / "other" / "model").symlink_to(bare)
+    (tmp_path / "other" / "draft" / "model").symlink_to(folder / "draft")
+    assert find_draft(tmp_path / "other") == tmp_path / "other" / "draft"
+    engine = Engine.load(folder, device="cpu", draft=tmp_path / "other" / "draft", tree=4)
+    assert engine.speculation is not None
+    assert type(engine.speculation.drafter) is EagleDrafter
 
 
 def test_a_batch_has_no_drafts(model: BlockFFNForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -27,9 +27,10 @@ LARGEST_BY_COST = 31  # what `auto` drafts, to cut it: with the token before the
 
 
 def find_draft(path: Path) -> Path | None:
-    """The folder of the draft that lies beside a model, `MODEL/draft`; `path` is a model's or a run's."""
+    """The draft in a model's folder or its run's, `path/draft`: a draft's own folder, or that of its training run."""
     folders = [folder / "draft" for folder in (model_folder(path), path)]
-    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    files = ("config.json", "model/config.json")
+    return next((folder for folder in folders if any((folder / file).is_file() for file in files)), None)
 
 
 def resolve_draft(path: Path, draft: str) -> str | Path:
