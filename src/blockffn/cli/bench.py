@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockffn.cli.output import check_json, write_json
+from blockffn.cli.output import check_json, wide_console, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,8 +70,6 @@ def decode(
 
     Example: blockffn bench decode runs/mini --dense runs/mini-dense --draft ngram --per-task 1
     """
-    from rich.console import Console
-
     check_json(json_path)
     if plot_path is not None and plot_path.suffix not in (".png", ".svg"):
         raise ValueError(f"--plot {plot_path} must end in .png or .svg")
@@ -86,7 +84,7 @@ def decode(
         backend=backend, precision=precision, device=device, max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens, rounds=rounds, peers=_words(peers),
     )  # fmt: skip
-    console = Console(highlight=False)
+    console = wide_console()
     chosen = _prompts(prompts, text, _words(tasks), per_task, text_only)
     report = bench_decode(path, chosen, settings, dense=dense, say=lambda line: console.print(line, style="dim"))
     write_json(json_path, report.to_dict())
