@@ -192,7 +192,8 @@ class LlamaCpp:
         lib = self._lib
         for begin in range(0, len(tokens), 512):
             piece = tokens[begin : begin + 512]
-            batch = lib.llama_batch_get_one((ctypes.c_int32 * len(piece))(*piece), len(piece))
+            array = (ctypes.c_int32 * len(piece))(*piece)  # the batch only points to it
+            batch = lib.llama_batch_get_one(array, len(piece))
             code = lib.llama_decode(self._context, batch)
             if code:
                 raise RuntimeError(f"llama.cpp failed to decode (code {code})")
