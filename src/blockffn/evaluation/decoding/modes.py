@@ -10,7 +10,7 @@ from blockffn.evaluation.decoding.oracle import OracleDrafter, PricedDrafter, ra
 from blockffn.evaluation.decoding.prompts import EncodedPrompt
 from blockffn.evaluation.decoding.ways import Decoder, greedy
 from blockffn.inference.decode import generate
-from blockffn.inference.drafts import Draft, make_speculation
+from blockffn.inference.drafts import LARGEST_BY_COST, Draft, make_speculation
 from blockffn.inference.speculative.drafters.eagle import eagle_drafter
 from blockffn.inference.speculative.growth import BestNodes
 from blockffn.inference.target import Target
@@ -18,7 +18,7 @@ from blockffn.models.causal_lm import BlockFFNForCausalLM
 
 ORACLE = "oracle:"
 PLAIN, FIXED, BY_COST = "plain", "fixed tree", "tree by cost"
-DEEPEST, MOST_CHILDREN, LARGEST = 5, 8, 32  # of a simulated draft's trees, as `make_speculation` has them for a head
+DEEPEST, MOST_CHILDREN = 5, 8  # of a simulated draft's trees, as `make_drafter` has them for a head
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Subject:
     def speculating(self, *, tree: str | int) -> Decoder:
         """With a tree of so many draft tokens, or `auto`: as many as pay."""
         assert self.draft is not None
-        size = LARGEST if tree == "auto" else int(tree)
+        size = LARGEST_BY_COST if tree == "auto" else int(tree)
         draft = self._oracle(size) if self.draft.startswith(ORACLE) else _name(self.draft)
         speculation = make_speculation(self.model, self.target, draft, tree=tree)
         kind = BY_COST if tree == "auto" else f"{FIXED} {tree}"
