@@ -22,9 +22,9 @@ from blockffn.evaluation.decoding.ways import Run
 from blockffn.metrics.cost import parameter_counts
 
 HEAD_DIM = 128
-# What stores as many bits a weight as each of our precisions; `auto` is bfloat16.
-FORMATS = {"auto": "BF16", "bf16": "BF16", "bfloat16": "BF16", "fp32": "F32", "float32": "F32", "int8": "Q8_0",
-           "int4": "Q4_0"}  # fmt: skip
+# What stores as many bits a weight as each of our precisions, and for the head; `auto` is bfloat16.
+FORMATS = {"auto": ("BF16", "BF16"), "bf16": ("BF16", "BF16"), "f32": ("F32", "F32"), "int8": ("Q8_0", "Q8_0"),
+           "int4": ("Q4_0", "Q8_0")}  # fmt: skip
 BLOCK = 32  # weights that Q8_0 and Q4_0 scale together
 ROWS = 64  # of random weights; a matrix repeats them
 
@@ -92,8 +92,8 @@ def llama_like(config: BlockFFNConfig, *, context: int) -> LlamaShape:
     return LlamaShape(config.vocab_size, d, layers, heads, keys, width, context)
 
 
-def write_gguf(path: Path, shape: LlamaShape, kind: str, *, seed: int = 0) -> None:
-    """Write a model of random weights in a storage format, a matrix at a time. Norms are float32."""
+def write_gguf(path: Path, shape: LlamaShape, kind: str, *, head: str, seed: int = 0) -> None:
+    """Write a model of random weights in a storage format, the head's apart, a matrix at a time. Norms are float32."""
     import gguf
     from gguf.quants import quantize
 
@@ -108,29 +108,29 @@ def write_gguf(path: Path, shape: LlamaShape, kind: str, *, seed: int = 0) -> No
     writer.add_rope_dimension_count(HEAD_DIM)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("no_vocab")
-    stored, float32 = gguf.GGMLQuantizationType[kind], gguf.GGMLQuantizationType.F32
+    kinds = gguf.GGMLQuantizationType
     rng = np.random.default_rng(seed)
-    samples: dict[int, Any] = {}
+    samples: dict[tuple[int, Any], Any] = {}
 
-    def data(rows_columns: tuple[int, ...]) -> tuple[Any, Any]:
-        if len(rows_columns) == 1:
-            return np.ones(rows_columns, dtype=np.float32), float32
-        rows, columns = rows_columns
-        if columns not in samples:
-            noise = rng.standard_normal((ROWS, columns), dtype=np.float32) / columns**0.5
-            samples[columns] = quantize(noise, stored)
-        return np.resize(samples[columns], (rows, samples[columns].shape[1])), stored
+    def data(name: str, size: tuple[int, ...]) -> tuple[Any, Any]:
+        """A few rows of a tensor as they are stored, and their format."""
+        if len(size) == 1:
+            return np.ones(size, dtype=np.float32), kinds.F32
+        stored = kinds[head if name == "output.weight" else kind]
+        if (size[1], stored) not in samples:
+            noise = rng.standard_normal((ROWS, size[1]), dtype=np.float32) / size[1] ** 0.5
+            samples[size[1], stored] = quantize(noise, stored)
+        return samples[size[1], stored], stored
 
     for name, size in shape.tensors.items():
-        block, dtype = data((min(size[0], ROWS), *size[1:]) if len(size) == 2 else size)
-        row = block.nbytes // len(block) if len(size) == 2 else block.nbytes
-        total = row * size[0] if len(size) == 2 else row
-        writer.add_tensor_info(name, size, np.dtype(np.float32), total, raw_dtype=dtype)
+        rows, stored = data(name, size)
+        writer.add_tensor_info(name, size, np.dtype(np.float32), rows[0].nbytes * size[0], raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for size in shape.tensors.values():
-        writer.write_tensor_data(data(size)[0])
+    for name, size in shape.tensors.items():
+        rows, _ = data(name, size)
+        writer.write_tensor_data(np.resize(rows, (size[0], *rows.shape[1:])))
     writer.close()
 
 
@@ -168,12 +168,13 @@ class LlamaCpp:
         """
         if precision not in FORMATS:
             raise ValueError(f"llama.cpp has no format for precision {precision!r}; choose from {', '.join(FORMATS)}")
-        kind = FORMATS[precision]
+        kind, head = FORMATS[precision]
         shape = llama_like(config, context=max(capacity, 512))
-        name = f"llama.cpp {kind}, dense {shape.parameters / 1e6:.0f} M"
+        formats = kind if head == kind else f"{kind}, head {head}"
+        name = f"llama.cpp {formats}, dense {shape.parameters / 1e6:.0f} M"
         with tempfile.TemporaryDirectory(prefix="blockffn-llama-") as folder:
             path = Path(folder) / "model.gguf"
-            write_gguf(path, shape, kind)
+            write_gguf(path, shape, kind, head=head)
             # The file stays mapped after it is removed.
             return cls(path, name=name, vocab_size=shape.vocab_size, capacity=max(capacity, 512))
 
