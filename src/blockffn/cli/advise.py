@@ -23,7 +23,10 @@ def advise(
     path: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a run, or of a model.", show_default=False)],
     draft: Annotated[
         str | None,
-        typer.Argument(help="Folder of a trained draft, or oracle:RATE; n-grams are always tried.", show_default=False),
+        typer.Argument(
+            help="Folder of a trained draft, or oracle:RATE; default: that beside the model. N-grams are tried anyhow.",
+            show_default=False,
+        ),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="Text or .jsonl file to measure acceptance on; default: prompts of our own.")

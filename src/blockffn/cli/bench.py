@@ -33,7 +33,9 @@ def decode(
     dense: Annotated[Path | None, typer.Option(help="Dense twin: ratios refer to its plain decoding.")] = None,
     draft: Annotated[
         str | None,
-        typer.Option(help="ngram, the folder of a trained draft, or oracle:RATE: simulated, right at that rate."),
+        typer.Option(
+            help="ngram, a trained draft's folder, auto (beside the model), or oracle:RATE: simulated, so often right."
+        ),
     ] = None,
     dense_draft: Annotated[
         str | None, typer.Option(help="Draft of the dense twin; default: the same, where it is no folder.")
@@ -78,7 +80,7 @@ def decode(
 
     from blockffn.evaluation.decoding.bench import BenchSettings, bench_decode
 
-    same = draft if draft is None or draft == "ngram" or draft.startswith("oracle:") else None
+    same = draft if draft in (None, "ngram", "auto") or str(draft).startswith("oracle:") else None
     settings = BenchSettings(
         draft=draft, dense_draft=dense_draft or (same if dense is not None else None), priced=not free_draft, tree=tree,
         backend=backend, precision=precision, device=device, max_new_tokens=max_new_tokens,

@@ -21,6 +21,7 @@ from blockffn.evaluation.decoding.rounds import Check, WayResult, check_way, tim
 from blockffn.evaluation.decoding.ways import Decoder, Way
 from blockffn.evaluation.machine import describe_machine
 from blockffn.inference.backends import make_target
+from blockffn.inference.drafts import resolve_draft
 from blockffn.metrics.cost import parameter_counts
 
 Say = Callable[[str], None]
@@ -31,7 +32,8 @@ class BenchSettings:
     """What to time and how.
 
     Attributes:
-        draft, dense_draft: `ngram`, a folder of a trained draft, `oracle:RATE`, or `None`.
+        draft, dense_draft: `ngram`, a folder of a trained draft, `auto` (the folder beside the model, or else `ngram`),
+            `oracle:RATE`, or `None`.
         priced: a simulated draft takes the time of a real head of random weights.
         tree: draft tokens of the fixed tree.
         backend, precision: see `backends.make_target`.
@@ -155,7 +157,8 @@ def _subject(label: str, path: Path, settings: BenchSettings, draft: str | None)
     model = load(path, device=device)
     capacity = min(settings.max_prompt_tokens + settings.max_new_tokens + 64, model.config.max_position_embeddings)
     target = make_target(model, backend=settings.backend, precision=settings.precision, capacity=capacity)
-    return Subject(label, model, target, draft, settings.priced)
+    chosen = str(resolve_draft(path, draft)) if draft is not None else None
+    return Subject(label, model, target, chosen, settings.priced)
 
 
 def _check_twin(tokenizer: PreTrainedTokenizerBase, sparse: Subject, twin: Subject, path: Path) -> None:

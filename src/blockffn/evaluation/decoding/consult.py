@@ -34,6 +34,7 @@ from blockffn.evaluation.decoding.rounds import time_ways
 from blockffn.evaluation.decoding.ways import Decoder
 from blockffn.evaluation.machine import describe_machine
 from blockffn.inference.backends import make_target
+from blockffn.inference.drafts import find_draft
 from blockffn.inference.speculative.growth import Budget
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 
@@ -121,7 +122,8 @@ def consult(
     """Measure and advise.
 
     Args:
-        draft: folder of a trained draft, or `oracle:RATE`; n-grams are measured beside it.
+        draft: folder of a trained draft, or `oracle:RATE`; default: the draft beside the model, if there is one.
+            N-grams are measured in any case.
 
     Raises:
         ValueError: the model or the draft cannot be used.
@@ -135,6 +137,8 @@ def consult(
     targets, notes = _targets(model, backend, capacity)
     first = next(iter(targets.values()))
     most = MOST[model.device.type]
+    beside = find_draft(path)
+    draft = draft or (None if beside is None else str(beside))
     names = ["ngram", *([draft] if draft not in (None, "ngram") else [])]
     acceptances, drafts, subjects = [], [], {}
     for name in names:
