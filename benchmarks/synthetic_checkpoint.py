@@ -18,7 +18,7 @@ import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from blockffn.configuration import BlockFFNConfig
 from blockffn.data.standard_library import standard_library_texts
 from blockffn.data.tokenizer import load_tokenizer, train_tokenizer
 from blockffn.metrics.cost import parameter_counts
-from blockffn.metrics.sparsity import chunk_level_sparsity
 from blockffn.models.attention import Attention, GroupedQueryAttention, LatentAttention
 from blockffn.models.causal_lm import DecoderLayer
 from blockffn.models.moe import BlockFFN
@@ -47,34 +46,35 @@ FIRST_ATTENTION, ATTENTION, EXPERTS = 1.5, 0.3, 0.15  # size of a branch, of tha
 VALUE_RANK = 16  # directions of a state that attention averages
 ROPE_SCORE = 10.0  # of a token with itself, less than that with those far away
 NEAR = 40  # tokens nearer than this are not told apart
-SKIPPED = 32  # first tokens of a row, whose averages are over few
+SKIPPED = 32  # first tokens of a text, whose averages are over few
 TEXT_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids `[N, T]`, and what follows each token `[V]`.
+    """What layers are calibrated on and measured on.
 
     Attributes:
-        calibration: rows of text and of what the model will write, in turns: thresholds are set on the latter, because
-            those are the tokens that decoding is timed on.
-        held_out: rows of text, then of what it will write.
+        ids: `[N, T]`, each row a piece of text and then what the model will write behind it.
+        text: tokens of a row that are text. held_out: rows, the last ones, that are only measured on.
+        successor: `[V]` the token that follows each.
     """
 
-    calibration: Tensor
-    held_out: Tensor
+    ids: Tensor
+    text: int
+    held_out: int
     successor: Tensor
 
 
 def make_sample(ids: Tensor, vocab_size: int, *, rows: int, length: int, generator: torch.Generator) -> Sample:
-    """Rows of a text `[M]` and of what the model will write.
+    """Rows of a text `[M]`, evenly spaced, and of what the model will write behind them; half of each row.
 
     Raises:
         ValueError: the text is too short.
     """
     order = _first_occurrences(ids)
-    if len(ids) < 2 * rows * length or len(order) < 2:
-        raise ValueError(f"the sample needs {2 * rows * length} tokens of text, got {len(ids)}; give a longer --text")
+    if len(ids) < rows * length or len(order) < 2:
+        raise ValueError(f"the sample needs {rows * length} tokens of text, got {len(ids)}; give a longer --text")
     successor = torch.empty(vocab_size, dtype=torch.int64)
     unused = torch.ones(vocab_size, dtype=torch.bool)
     unused[order] = False
@@ -82,13 +82,13 @@ def make_sample(ids: Tensor, vocab_size: int, *, rows: int, length: int, generat
     rest = rest[torch.randperm(len(rest), generator=generator)]
     for cycle in (order, rest):
         successor[cycle] = cycle.roll(-1)
-    starts = torch.linspace(0, len(ids) - length, rows).long()
-    text = torch.stack([ids[start : start + length] for start in starts])
-    places = torch.randint(len(order), (rows,), generator=generator).unsqueeze(1) + torch.arange(length)
-    written = order[places % len(order)]
-    held = rows // 4
-    calibration = torch.stack((text[held:], written[held:]), dim=1).flatten(0, 1)  # in turns
-    return Sample(calibration, torch.cat((text[:held], written[:held])), successor)
+    text = length // 2
+    tokens = [ids[start : start + text] for start in torch.linspace(0, len(ids) - text, rows).long()]
+    columns = [torch.stack(tokens)]
+    for _ in range(length - text):
+        columns.append(successor[columns[-1][:, -1:]])
+    mixed = torch.cat(columns, dim=1)[torch.randperm(rows, generator=generator)]
+    return Sample(mixed, text, rows // 4, successor)
 
 
 def _first_occurrences(ids: Tensor) -> Tensor:
@@ -175,15 +175,14 @@ class LayerMaker:
     ) -> None:  # fmt: skip
         self.config, self.generator = config, generator
         self._tls, self._cls8 = tls, cls8
-        ids = torch.cat((sample.calibration, sample.held_out))
-        self._calibration = len(sample.calibration)
+        ids, self._sample = sample.ids, sample
         self._x_NTD = embedding_VD[ids].float() * config.scale_emb
         self._size = float((self._x_NTD - self._x_NTD.flatten(0, 1).mean(dim=0)).square().mean().sqrt())
         positions = torch.arange(ids.shape[1]).unsqueeze(0)
         self._cos_sin = RotaryEmbedding(config)(self._x_NTD, position_ids=positions)
 
     def __call__(self, index: int) -> tuple[DecoderLayer, dict[str, Any]]:
-        """The layer, in bf16, and what its routing is on the calibration rows and on the others."""
+        """The layer, in bf16, and what its routing is on the held-out rows."""
         config, scale = self.config, self.config.residual_scale
         layer = random_layer(config, index, self.generator)
         u_NTD = layer.input_layernorm(self._x_NTD)
@@ -209,20 +208,23 @@ class LayerMaker:
         return layer.bfloat16(), report
 
     def _calibrate(self, ffn: BlockFFN, u_NTD: Tensor) -> dict[str, Any]:
-        known, others = u_NTD[: self._calibration, SKIPPED:], u_NTD[self._calibration :, SKIPPED:]
-        weight_ED, achieved = local_router(
-            known, num_experts=self.config.num_experts, tls=self._tls, cls8=self._cls8, generator=self.generator
+        """Directions come from some rows; thresholds from others, on what the model writes, because that is timed."""
+        known, others = u_NTD[: -self._sample.held_out], u_NTD[-self._sample.held_out :]
+        text = self._sample.text
+        weight_ED, slow = local_router(
+            known[::2, SKIPPED:],
+            known[1::2, text:],
+            num_experts=self.config.num_experts,
+            tls=self._tls,
+            cls8=self._cls8,
+            generator=self.generator,
         )
         ffn.router.proj.weight.copy_(weight_ED.bfloat16())
-        text, written = others.chunk(2)
         of = functools.partial(locality, weight_ED=ffn.router.proj.weight)
-        active = (others @ ffn.router.proj.weight.T > 0).float()
-        cls32 = float(chunk_level_sparsity(active, window=32))
-        rows = {"calibration": achieved, "text": of(text), "written": of(written)}
-        return {name: asdict(row) for name, row in rows.items()} | {"cls32": cls32}
+        return {"text": of(others[:, SKIPPED:text]), "written": of(others[:, text:]), "slow": slow}
 
     def _counted(self, x_NTD: Tensor) -> Tensor:
-        return x_NTD[: self._calibration, SKIPPED:]
+        return x_NTD[: -self._sample.held_out, SKIPPED:]
 
     @staticmethod
     def _round(module: nn.Module) -> None:
@@ -238,13 +240,13 @@ def _spread(x_NTD: Tensor) -> float:
 
 @torch.no_grad()
 def write_checkpoint(
-    folder: Path, config: BlockFFNConfig, ids: Tensor, *, tls: float, cls8: float, seed: int = 0, rows: int = 20,
-    length: int = 192,
+    folder: Path, config: BlockFFNConfig, ids: Tensor, *, tls: float, cls8: float, seed: int = 0, rows: int = 32,
+    length: int = 256,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Write config and weights, one shard a layer; yields each layer's report when it is written.
 
     Args:
-        ids: `[M]` a text to calibrate on, at least `2 * rows * length` tokens.
+        ids: `[M]` a text to calibrate on, at least `rows * length` tokens.
 
     Raises:
         ValueError: sparsity out of range, or too short a text; before anything is written.
@@ -290,8 +292,7 @@ class _Shards:
 
 def summary(reports: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Means over layers of what the routing is on text and on what the model writes."""
-    of = {f"{name}_{key}": [r[name][key] for r in reports] for name in ("text", "written") for key in ("tls", "cls8")}
-    of["cls32"] = [report["cls32"] for report in reports]
+    of = {f"{name}_{key}": [r[name][key] for r in reports] for name in ("text", "written") for key in reports[0][name]}
     return {name: sum(values) / len(values) for name, values in of.items()}
 
 
@@ -309,8 +310,11 @@ def sample_text(path: Path | None) -> str:
 
 
 def _line(report: dict[str, Any]) -> str:
-    parts = [f"{name} TLS {report[name]['tls']:.1f} CLS8 {report[name]['cls8']:.1f}" for name in ("text", "written")]
-    return ", ".join([*parts, f"CLS32 {report['cls32']:.1f}", f"slow {report['calibration']['slow']:.2f}"])
+    kinds = [
+        f"{kind}: TLS {report[kind]['tls']:.1f}, CLS8 {report[kind]['cls8']:.1f}, CLS32 {report[kind]['cls32']:.1f}"
+        for kind in ("text", "written")
+    ]
+    return "; ".join([*kinds, f"slow {report['slow']:.2f}"])
 
 
 def main() -> None:

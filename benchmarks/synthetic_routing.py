@@ -8,8 +8,6 @@ sets how often an expert is active, and so the token-level sparsity.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -19,15 +17,6 @@ WINDOW = 8  # tokens of the chunk-level sparsity that is aimed at
 SMOOTH = 32  # tokens over which a state is averaged to find what changes slowly
 STEPS = 12  # of the bisection
 RIDGE = 0.1
-
-
-@dataclass(frozen=True)
-class Locality:
-    """What a router activates, in percent, and the weight of the slow part that gives it."""
-
-    tls: float
-    cls8: float
-    slow: float
 
 
 def mean_direction(x_NTD: Tensor) -> Tensor:
@@ -42,60 +31,58 @@ def mean_direction(x_NTD: Tensor) -> Tensor:
 
 
 def local_router(
-    x_NTD: Tensor, *, num_experts: int, tls: float, cls8: float, generator: torch.Generator
-) -> tuple[Tensor, Locality]:
-    """The projection `[E, D]` of a router for these states `[N, T, D]`, and what it achieves on every other row.
-
-    Directions come from rows 0, 2 … and thresholds from rows 1, 3 …: a direction found in a row responds to that row
-    too strongly.
+    sample_NTD: Tensor, x_NTD: Tensor, *, num_experts: int, tls: float, cls8: float, generator: torch.Generator
+) -> tuple[Tensor, float]:
+    """The projection `[E, D]` of a router that has these sparsities, in percent, on states `x [N, T, D]`.
 
     Experts differ: their shares of tokens lie between a half and one and a half of the mean. Where the chunk-level
     sparsity asked for lies beyond what the states allow, the nearest is taken.
 
+    Args:
+        sample_NTD: other states, in which directions are found: one found in `x` would respond to it too strongly.
+
+    Returns:
+        The projection, and the weight of the slow part, between 0 and 1.
+
     Raises:
-        ValueError: percentages that no routing has, fewer than two rows, or states without a common direction.
+        ValueError: percentages that no routing has, or states without a common direction.
     """
     check_targets(tls, cls8)
-    if len(x_NTD) < 2:
-        raise ValueError(f"a router is calibrated on two rows of states at least, got {len(x_NTD)}")
-    bias_D = mean_direction(x_NTD)
+    bias_D = mean_direction(sample_NTD)
     scale_NT1 = x_NTD @ bias_D.unsqueeze(-1)
     if float((scale_NT1 <= 0).float().mean()) > 0.01:
         raise ValueError("the states have no common direction that could stand in for a bias; enlarge their mean")
     scale_NT1 = scale_NT1.clamp_min(0.1)
-    directions_ED = _slow_directions(x_NTD[::2], num_experts, generator)
-    x_NTD, scale_NT1 = x_NTD[1::2], scale_NT1[1::2]
-    slow_ED = _unit_variance(directions_ED, x_NTD)
+    slow_ED = _unit_variance(_slow_directions(sample_NTD, num_experts, generator), x_NTD)
     own_ED = _unit_variance(torch.randn(num_experts, x_NTD.shape[-1], generator=generator), x_NTD)
     slow_NTE, own_NTE = (x_NTD @ rows.T / scale_NT1 for rows in (slow_ED, own_ED))
     shares_E = (1 - tls / 100) * (0.5 + torch.rand(num_experts, generator=generator))
     shares_E *= (1 - tls / 100) / shares_E.mean()
 
-    def thresholds(share: float) -> tuple[Tensor, Tensor]:
-        ratios = share**0.5 * slow_NTE + (1 - share) ** 0.5 * own_NTE
+    def thresholds(slow: float) -> tuple[Tensor, Tensor]:
+        ratios = slow**0.5 * slow_NTE + (1 - slow) ** 0.5 * own_NTE
         ordered = ratios.flatten(0, 1).sort(dim=0).values
         places = ((1 - shares_E) * len(ordered)).long().clamp(max=len(ordered) - 1)
         return ratios, ordered.gather(0, places.unsqueeze(0))[0]
 
     low, high = 0.0, 1.0
     for _ in range(STEPS):
-        middle = (low + high) / 2
-        ratios, threshold_E = thresholds(middle)
+        slow = (low + high) / 2
+        ratios, threshold_E = thresholds(slow)
         if float(chunk_level_sparsity((ratios > threshold_E).float(), window=WINDOW)) < cls8:
-            low = middle
+            low = slow
         else:
-            high = middle
-    share = (low + high) / 2
-    _, threshold_E = thresholds(share)
-    weight_ED = share**0.5 * slow_ED + (1 - share) ** 0.5 * own_ED - threshold_E.unsqueeze(-1) * bias_D
-    return weight_ED, locality(x_NTD, weight_ED, slow=share)
+            high = slow
+    slow = (low + high) / 2
+    _, threshold_E = thresholds(slow)
+    return slow**0.5 * slow_ED + (1 - slow) ** 0.5 * own_ED - threshold_E.unsqueeze(-1) * bias_D, slow
 
 
-def locality(x_NTD: Tensor, weight_ED: Tensor, *, slow: float = float("nan")) -> Locality:
-    """What a projection activates for states `[N, T, D]`."""
+def locality(x_NTD: Tensor, weight_ED: Tensor) -> dict[str, float]:
+    """`tls`, `cls8` and `cls32` in percent of a projection for states `[N, T, D]`."""
     active = (x_NTD @ weight_ED.T > 0).float()
-    cls8 = float(chunk_level_sparsity(active, window=WINDOW))
-    return Locality(float(token_level_sparsity(active)), cls8, slow)
+    chunks = {f"cls{window}": float(chunk_level_sparsity(active, window=window)) for window in (WINDOW, 32)}
+    return {"tls": float(token_level_sparsity(active))} | chunks
 
 
 def check_targets(tls: float, cls8: float) -> None:

@@ -45,33 +45,39 @@ def states(*, rows: int = 40, length: int = 64) -> torch.Tensor:
     return 8 * torch.ones(WIDTH) + 0.4 * slow + noise
 
 
-def test_a_router_has_the_sparsity_asked_for_on_rows_that_it_was_not_made_from() -> None:
-    x = states()
-    weight, achieved = local_router(x[:30], num_experts=32, tls=80, cls8=60, generator=torch.Generator().manual_seed(0))
-    assert achieved.tls == pytest.approx(80, abs=0.5)
-    assert achieved.cls8 == pytest.approx(60, abs=0.5)
-    others = locality(x[30:], weight)
-    assert others.tls == pytest.approx(80, abs=5)
-    assert others.cls8 == pytest.approx(60, abs=8)
+def router(x: torch.Tensor, *, tls: float = 80, cls8: float = 60) -> tuple[torch.Tensor, float]:
+    generator = torch.Generator().manual_seed(0)
+    return local_router(x[::2], x[1::2], num_experts=32, tls=tls, cls8=cls8, generator=generator)
+
+
+def test_a_router_has_the_sparsity_asked_for_also_on_states_that_it_was_not_made_from() -> None:
+    x = states(rows=60)
+    weight, _ = router(x[:40])
+    achieved = locality(x[1:40:2], weight)
+    assert achieved["tls"] == pytest.approx(80, abs=0.5)
+    assert achieved["cls8"] == pytest.approx(60, abs=0.5)
+    assert achieved["cls32"] < 60
+    others = locality(x[40:], weight)
+    assert others["tls"] == pytest.approx(80, abs=5)
+    assert others["cls8"] == pytest.approx(60, abs=8)
 
 
 def test_more_is_shared_by_neighbours_where_more_is_asked_for() -> None:
     x = states()
-    weights = [local_router(x, num_experts=32, tls=80, cls8=cls8, generator=torch.Generator().manual_seed(0))[1]
-               for cls8 in (50, 57, 64)]  # fmt: skip
-    assert [round(w.cls8) for w in weights] == [50, 57, 64]
-    assert weights[0].slow < weights[1].slow < weights[2].slow
+    routers = [router(x, cls8=cls8) for cls8 in (50, 57, 64)]
+    assert [round(locality(x[1::2], weight)["cls8"]) for weight, _ in routers] == [50, 57, 64]
+    assert routers[0][1] < routers[1][1] < routers[2][1]
 
 
 @pytest.mark.parametrize(("tls", "cls8"), [(80, 85), (100, 70), (80, 0)])
 def test_sparsity_that_no_routing_has_is_refused(tls: float, cls8: float) -> None:
     with pytest.raises(ValueError, match="CLS8 <= TLS"):
-        local_router(states(rows=2), num_experts=4, tls=tls, cls8=cls8, generator=torch.Generator())
+        router(states(rows=4), tls=tls, cls8=cls8)
 
 
 def test_states_without_a_common_direction_are_refused() -> None:
     with pytest.raises(ValueError, match="no common direction"):
-        local_router(torch.randn(4, 64, 8), num_experts=4, tls=80, cls8=70, generator=torch.Generator())
+        router(torch.randn(4, 64, 8))
 
 
 def test_every_token_has_one_successor_and_the_text_is_one_round_of_its_tokens() -> None:
@@ -80,6 +86,8 @@ def test_every_token_has_one_successor_and_the_text_is_one_round_of_its_tokens()
     assert sample.successor.sort().values.equal(torch.arange(VOCABULARY))
     first = list(dict.fromkeys(ids.tolist()))
     assert [int(sample.successor[token]) for token in first] == first[1:] + first[:1]
+    assert sample.ids.shape == (4, 64)
+    assert sample.ids[:, sample.text :].equal(sample.successor[sample.ids[:, sample.text - 1 : -1]])
     with pytest.raises(ValueError, match="tokens of text"):
         make_sample(ids[:100], VOCABULARY, rows=4, length=64, generator=torch.Generator())
 
