@@ -25,6 +25,7 @@ from blockffn.inference.drafts import resolve_draft
 from blockffn.metrics.cost import parameter_counts
 
 Say = Callable[[str], None]
+MARGIN = 64  # tokens of the cache for a tree at the end of a text; also the shortest room for a prompt
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,6 @@ def bench_decode(
         ValueError: a model, draft or setting that cannot be used; before anything is timed.
     """
     tokenizer = load_tokenizer(model_folder(path))
-    encoded = encode_prompts(tokenizer, prompts, max_tokens=settings.max_prompt_tokens)
     subjects = [_subject("sparse", path, settings, settings.draft)]
     if subjects[0].model.config.ffn_type == "dense":
         subjects[0].label = "dense"
@@ -104,6 +104,13 @@ def bench_decode(
         twin = _subject("dense", dense, settings, settings.dense_draft)
         _check_twin(tokenizer, subjects[0], twin, dense)
         subjects.insert(0, twin)
+    room = min(subject.target.capacity for subject in subjects) - settings.max_new_tokens
+    if room < MARGIN:
+        raise ValueError(
+            f"{settings.max_new_tokens} new tokens leave no room for a prompt in the model's context; ask for at most "
+            f"{max(room + settings.max_new_tokens - MARGIN, 0)}"
+        )
+    encoded = encode_prompts(tokenizer, prompts, max_tokens=min(settings.max_prompt_tokens, room))
     ways: list[Way] = []
     checks: list[Check] = []
     notes: list[str] = []
@@ -155,7 +162,7 @@ def _modes(
 def _subject(label: str, path: Path, settings: BenchSettings, draft: str | None) -> Subject:
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load(path, device=device)
-    capacity = min(settings.max_prompt_tokens + settings.max_new_tokens + 64, model.config.max_position_embeddings)
+    capacity = min(settings.max_prompt_tokens + settings.max_new_tokens + MARGIN, model.config.max_position_embeddings)
     target = make_target(model, backend=settings.backend, precision=settings.precision, capacity=capacity)
     chosen = str(resolve_draft(path, draft)) if draft is not None else None
     return Subject(label, model, target, chosen, settings.priced)

@@ -45,7 +45,7 @@ def read_bandwidth(device: torch.device, *, rounds: int = 5) -> float:
 
 
 @dataclass
-class Recorder:
+class TreeRecorder:
     """A shaper that leaves trees as they are and keeps them with what was accepted."""
 
     most: Budget
@@ -86,7 +86,7 @@ def record_acceptance(
     by_task: dict[str, tuple[Recorded, ...]] = {}
     seconds, rounds = 0.0, 0
     for prompt in prompts:
-        recorder = Recorder(most)
+        recorder = TreeRecorder(most)
         speculation = Speculation(drafter, recorder, most)
         generation = speculative_generate(target, speculation, prompt.ids, greedy(max_new_tokens))
         # The last trees are cut short by the end of the text.
