@@ -253,6 +253,8 @@ def write_checkpoint(
     """
     check_targets(tls, cls8)
     generator = torch.Generator().manual_seed(seed)
+    if config.ffn_type == "dense":
+        rows = min(rows, 4)  # they only set the sizes of branches
     sample = make_sample(ids, config.vocab_size, rows=rows, length=length, generator=generator)
     config = BlockFFNConfig.from_dict(config.to_dict() | {"tie_word_embeddings": False})
     config.dtype, config._attn_implementation = torch.bfloat16, "sdpa"
