@@ -189,7 +189,8 @@ class LayerMaker:
         shape_attention(layer.self_attn, self._counted(u_NTD), self.generator)
         self._round(layer.self_attn)
         attended = layer.self_attn(u_NTD, position_embeddings=self._cos_sin)[0]
-        size = (ATTENTION if index else FIRST_ATTENTION) * self._size / scale
+        first = index == 0 and isinstance(layer.mlp, BlockFFN)  # whose router needs what changes slowly
+        size = (FIRST_ATTENTION if first else ATTENTION) * self._size / scale
         gain = size / _spread(self._counted(attended))
         layer.self_attn.o_proj.weight.mul_(gain)
         self._x_NTD = self._x_NTD + scale * gain * attended
@@ -254,7 +255,7 @@ def write_checkpoint(
     check_targets(tls, cls8)
     generator = torch.Generator().manual_seed(seed)
     if config.ffn_type == "dense":
-        rows = min(rows, 4)  # they only set the sizes of branches
+        rows = min(rows, 8)  # they only set the sizes of branches
     sample = make_sample(ids, config.vocab_size, rows=rows, length=length, generator=generator)
     config = BlockFFNConfig.from_dict(config.to_dict() | {"tie_word_embeddings": False})
     config.dtype, config._attn_implementation = torch.bfloat16, "sdpa"
