@@ -29,7 +29,7 @@ def decoding_rates(report: Mapping[str, Any]) -> Figure:
     axes.tick_params(axis="y", labelcolor=INK)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x")
-    axes.set_xlim(0, 1.35 * max(max(one["tokens_per_second"] for one in result["rates"]) for result in results))
+    axes.set_xlim(0, 1.5 * max(max(one["tokens_per_second"] for one in result["rates"]) for result in results))
     axes.set_xlabel(f"new tokens per second; dots: kinds of prompts. {report['machine']['device']}")
     simulated = any(model["simulated_acceptance"] for model in report["models"].values())
     axes.set_title("Decoding, batch 1" + (", simulated acceptance" if simulated else ""))
