@@ -8,7 +8,9 @@ import sys
 import typer
 
 from blockffn.cli import (
+    advise,
     analyze,
+    bench,
     convert,
     demo,
     evaluate,
@@ -34,8 +36,8 @@ app = typer.Typer(
     "Start with [bold]blockffn demo[/]: it trains a small model on this machine and shows what it learnt.",
 )
 for verb in (
-    demo, prepare, train, train_draft, evaluate, zero_shot, analyze, generate, threshold, formats, convert, inspect,
-    report, presets, write,
+    demo, prepare, train, train_draft, evaluate, zero_shot, analyze, generate, advise, bench, threshold, formats,
+    convert, inspect, report, presets, write,
 ):  # fmt: skip
     verb.register(app)
 

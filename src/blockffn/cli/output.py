@@ -1,10 +1,15 @@
-"""Where results go: checked before the work, written after it."""
+"""Where results go: checked before the work, written after it; and the console of wide tables."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDE = 120
 
 
 def check_json(path: Path | None) -> None:
@@ -20,3 +25,12 @@ def write_json(path: Path | None, values: Any) -> None:
     """Write `values`, if a path was given."""
     if path is not None:
         path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def wide_console() -> Console:
+    """For tables that a narrow terminal, or a file, would cut: their lines may be longer than it is wide."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.width = max(console.width, WIDE)
+    return console

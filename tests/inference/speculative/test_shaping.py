@@ -147,6 +147,26 @@ def test_what_a_round_costs_besides_is_learnt_by_the_clock_and_makes_trees_large
     assert large > small + 0.5
 
 
+def test_a_draft_that_is_slower_than_was_measured_is_given_up_and_its_time_is_no_overhead() -> None:
+    cost, now, rng = CostModel(1, 0.1, 0, 0), [0.0], random.Random(1)
+    shaper = CostAwareShaper(cost, num_experts=1, clock=lambda: now[0], draft_level=0.1, probe_every=10_000)
+    levels = []
+    for _ in range(300):
+        budget = shaper.budget(Budget(nodes=20, depth=6))
+        depth = budget.depth if budget.nodes else 0
+        now[0] += 5.0 * depth / 1000  # fifty times as long as was measured
+        tree = shaper.shape(chain(range(depth), [math.log(0.6)] * depth)) if depth else chain([])
+        now[0] += cost.milliseconds(len(tree) + 1, 1, len(tree) + 1) / 1000
+        path: list[int] = []
+        while len(path) < len(tree) and rng.random() < 0.6:
+            path.append(len(path))
+        shaper.observe(tree, Verdict(path, 0), Step(torch.empty(len(tree) + 1, 0), torch.empty(len(tree) + 1, 0)))
+        levels.append(depth)
+    assert levels[0] == 6
+    assert sum(levels[-100:]) == 0
+    assert shaper.overhead < 1.0
+
+
 def test_no_experts_at_all_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="1 for a dense model; got 0"):
         CostAwareShaper(FREE, num_experts=0)

@@ -22,6 +22,7 @@ FORGET_RATE = 0.998
 HOPELESS = 0.25  # of the rate: what a node must promise per millisecond for growth to go on
 LEARN_WORTH = 0.1
 LEARN_OVERHEAD = 0.02
+LEARN_LEVEL = 0.05
 FIRST_PROBES, LARGE = (2, 6, 12), 31  # rounds; nodes
 
 
@@ -89,7 +90,8 @@ class CostAwareShaper:
         cost: of the target, from `calibrate`.
         num_experts: in all layers together; 1 for a dense model.
         overhead: milliseconds that every round costs beside the target's and the draft's.
-        clock: seconds; the overhead is learnt by it, from `budget` to `observe`. `None`: it stays as given.
+        clock: seconds; the overhead is learnt by it, from `budget` to `observe`, and what a level of drafting costs,
+            from `budget` to `shape`. `None`: both stay as given.
         draft_level: milliseconds that drafting one level of a tree costs; 0 for n-grams.
         probe_every: each so many rounds a tree is drafted in full and cut less, so that a wrong first impression of a
             draft is found out.
@@ -116,6 +118,7 @@ class CostAwareShaper:
         self._cost, self._clock, self._begun = cost, clock, 0.0
         self._union = UnionEstimate(num_experts, share=1.0 if num_experts == 1 else 0.15)
         self._draft_level, self._probe_every, self._rounds = draft_level, probe_every, 0
+        self._drafted = 0  # levels of this round, those that are cut off included
         self._tokens, self._milliseconds = 0.0, 0.0
         self._worth: list[float] = []  # of each level lately: tokens less what their time is worth
 
@@ -127,6 +130,7 @@ class CostAwareShaper:
     def budget(self, most: Budget) -> Budget:
         """What to draft: the levels that lately gave more than drafting them costs, all of them in a probing round."""
         self._rounds += 1
+        self._drafted = 0
         self._begun = self._clock() if self._clock is not None else 0.0
         if self.rate is None or not self._draft_level or self._probing:
             return most
@@ -139,6 +143,8 @@ class CostAwareShaper:
 
     def shape(self, tree: DraftTree) -> DraftTree:
         """The part of the tree that pays, maybe nothing."""
+        self._drafted = int(tree.depth.max()) if len(tree) else 0
+        self._learn_draft_level()
         rate, reach = self.rate, self.acceptance.reach(tree)
         prices = Prices(replace(self._cost, fixed=self._cost.fixed + self.overhead), self._union)
         choice = choose_nodes(tree, reach=reach, brings=self._union.brings(tree), prices=prices, rate=rate)
@@ -158,7 +164,7 @@ class CostAwareShaper:
             self._union.observe(tree, union=union, active=step.active.sum(dim=0).tolist(), last=last)
         self._tokens = FORGET_RATE * self._tokens + len(verdict.path) + 1
         spent = self._cost.milliseconds(len(tree) + 1, union, pairs)
-        spent += self._draft_level * int(tree.depth.max() if len(tree) else 0)
+        spent += self._draft_level * self._drafted
         self._milliseconds = FORGET_RATE * self._milliseconds + spent + self.overhead
         if self._clock is not None:
             rest = 1000 * (self._clock() - self._begun) - spent
@@ -169,6 +175,13 @@ class CostAwareShaper:
     @property
     def _probing(self) -> bool:
         return self._rounds % self._probe_every == 0 or self._rounds in FIRST_PROBES
+
+    def _learn_draft_level(self) -> None:
+        """Drafting is timed on its own: its cost must not pass for one that every round has, drafted or not."""
+        if self._clock is None or not self._draft_level or not self._drafted:
+            return
+        level = 1000 * (self._clock() - self._begun) / self._drafted
+        self._draft_level += LEARN_LEVEL * (min(level, 3 * self._draft_level) - self._draft_level)
 
     def _learn_worth(self, tree: DraftTree, net: dict[int, float]) -> None:
         depths = tree.depth.tolist()

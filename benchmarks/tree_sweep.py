@@ -1,0 +1,184 @@
+"""Trees cut by cost against trees of a fixed size, decoding for real: `tree_simulation.py` is the simulation.
+
+    python benchmarks/tree_sweep.py /tmp/synthetic-0.8b --dense /tmp/synthetic-0.8b-dense --rates 0.4 0.6 0.8 0.9 \\
+        --precisions bf16 int4 --json tree-sweep.json --plot tree-sweep.png
+
+A regime is a model, a precision and a draft that is right at some rate (simulated acceptance, the time of a real head
+of random weights). In every regime plain decoding, trees of several fixed sizes and the tree that is cut by cost take
+turns on the same prompts; all drafts are right at the same places. `gain` is the tree by cost over the best fixed size
+of the regime, which nobody knows in advance, and over plain decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from blockffn.checkpoints.load import load
+from blockffn.checkpoints.tokenizer import load_tokenizer
+from blockffn.evaluation.decoding.modes import BY_COST, FIXED, ORACLE, PLAIN, Subject
+from blockffn.evaluation.decoding.prompts import EncodedPrompt, encode_prompts, own_prompts
+from blockffn.evaluation.decoding.rounds import WayResult, time_ways
+from blockffn.evaluation.machine import describe_machine
+from blockffn.inference.backends import make_target
+from blockffn.reporting import chart
+from blockffn.reporting.chart import BLUE, GREEN, GREY, MUTED, styled
+
+FIXED_SIZES = (1, 3, 7, 15, 31)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A regime's result. Rates are new tokens per second.
+
+    Attributes:
+        fixed: by draft tokens, 0 for plain decoding. by_cost: of the tree that is cut. tree_size: its mean.
+        best_fixed: the size with the highest rate. gain, gain_over_plain: of the tree by cost, medians of the rounds'.
+    """
+
+    model: str
+    precision: str
+    rate: float
+    fixed: dict[int, float]
+    by_cost: float
+    tree_size: float
+    acceptance_length: float
+    best_fixed: int
+    gain: float
+    gain_over_plain: float
+
+
+def summarise(model: str, precision: str, rate: float, results: Sequence[WayResult]) -> Sweep:
+    """From the timed ways of a regime, the tree by cost being the baseline of their ratios."""
+    fixed, ratios = {}, {}
+    cut = next(result for result in results if result.way.endswith(BY_COST))
+    for result in results:
+        if result is cut:
+            continue
+        size = 0 if result.way.endswith(PLAIN) else int(result.way.rpartition(f"{FIXED} ")[2])
+        assert result.overall.ratio is not None
+        fixed[size], ratios[size] = result.overall.tokens_per_second, result.overall.ratio
+    best = max(ratios, key=lambda size: ratios[size])
+    assert cut.tree_size is not None
+    assert cut.overall.acceptance_length is not None
+    return Sweep(
+        model,
+        precision,
+        rate,
+        fixed,
+        cut.overall.tokens_per_second,
+        cut.tree_size,
+        cut.overall.acceptance_length,
+        best,
+        gain=1 / ratios[best],
+        gain_over_plain=1 / ratios[0],
+    )
+
+
+def sweep_regime(
+    subject: Subject, precision: str, rate: float, prompts: Sequence[EncodedPrompt], *, tokens: int, rounds: int,
+    sizes: Sequence[int] = FIXED_SIZES,
+) -> Sweep:  # fmt: skip
+    """Time one regime."""
+    subject.draft = f"{ORACLE}{rate}"
+    ways = [subject.plain(), *(subject.speculating(tree=size) for size in sizes), subject.speculating(tree="auto")]
+    for way in ways:
+        text = way.run(prompts[0].ids, tokens).token_ids  # also what is done once
+        if text != subject.continuations[prompts[0].ids]:
+            raise ValueError(f"{way.name} says something else than plain decoding; it is not timed")
+    results = time_ways(ways, prompts, max_new_tokens=tokens, rounds=rounds, baseline=ways[-1].name)
+    return summarise(subject.label, precision, rate, results)
+
+
+@styled
+def draw(rows: Sequence[dict[str, Any]], machine: str) -> Figure:
+    """One panel a model and precision: rates over the draft's, fixed sizes thin, the tree by cost thick."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["precision"]), []).append(row)
+    figure = chart.blank(0.4 + 2.4 * -(-len(groups) // 2))
+    panels = figure.subplots(-(-len(groups) // 2), min(2, len(groups)), squeeze=False)
+    for axes in panels.flat[len(groups) :]:
+        axes.set_axis_off()
+    for axes, ((model, precision), own) in zip(panels.flat, groups.items()):
+        x = [row["rate"] for row in own]
+        ends = []
+        for size in own[0]["fixed"]:
+            y = [row["fixed"][size] for row in own]
+            color = BLUE if int(size) == 0 else GREY
+            axes.plot(x, y, "o-", color=color, markersize=2.5, linewidth=1.0)
+            ends.append((y[-1], "plain" if int(size) == 0 else str(size), color))
+        y = [row["by_cost"] for row in own]
+        axes.plot(x, y, "o-", color=GREEN, markersize=4, linewidth=2.2)
+        ends.append((y[-1], "by cost", GREEN))
+        axes.set_ylim(0, 1.1 * max(max(*row["fixed"].values(), row["by_cost"]) for row in own))
+        axes.set_title(f"{model}, {precision}: new tokens per second")
+        axes.set_xticks(x)
+        axes.set_xlabel("rate at which the draft's first choice is right")
+        chart.end_labels(axes, ends)
+    figure.supxlabel(f"numbers: draft tokens of a fixed tree. {machine}", size=7, color=MUTED)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--dense", type=Path, help="a dense model, swept as well")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.4, 0.6, 0.8, 0.9])
+    parser.add_argument("--precisions", nargs="+", default=["auto"])
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(FIXED_SIZES))
+    parser.add_argument("--tokens", type=int, default=96, help="new tokens of a prompt")
+    parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    rows = []
+    machine = describe_machine(torch.device("cpu" if not torch.cuda.is_available() else "cuda"))
+    columns = "".join(f"{'plain' if size == 0 else size:>8}" for size in (0, *options.sizes))
+    print(f"{'new tokens/s':<26}{columns}{'by cost (nodes)':>18}{'over best':>11}{'over plain':>11}")
+    for path in (options.model, *([options.dense] if options.dense else [])):
+        model = load(path, device="cuda" if torch.cuda.is_available() else "cpu")
+        label = "dense" if model.config.ffn_type == "dense" else "sparse"
+        prompts = encode_prompts(load_tokenizer(path), own_prompts(per_task=1)[: options.prompts], max_tokens=160)
+        for precision in options.precisions:
+            capacity = 160 + options.tokens + 64
+            target = make_target(model, backend=options.backend, precision=precision, capacity=capacity)
+            subject = Subject(label, model, target)
+            subject.learn(prompts, options.tokens)
+            for rate in options.rates:
+                row = sweep_regime(
+                    subject, precision, rate, prompts, tokens=options.tokens, rounds=options.rounds,
+                    sizes=options.sizes,
+                )  # fmt: skip
+                rows.append(asdict(row))
+                rates = "".join(f"{row.fixed[size]:>8.1f}" for size in (0, *options.sizes))
+                cut = f"{row.by_cost:.1f} ({row.tree_size:.1f})"
+                gains = f"{row.gain:>10.2f}×{row.gain_over_plain:>10.2f}×"
+                print(f"{label}, {precision}, right {rate:<7}{rates}{cut:>18}{gains}", flush=True)
+    over = [row["gain"] for row in rows]
+    print(f"over the best fixed size: {min(over):.2f} … {max(over):.2f}, median {statistics.median(over):.2f}")
+    if options.json is not None:
+        about = {"device": machine, "torch": torch.__version__, "python": platform.python_version(),
+                 "date": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
+        settings = {"tokens": options.tokens, "prompts": options.prompts, "rounds": options.rounds,
+                    "model": options.model.name, "backend": options.backend}  # fmt: skip
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=1) + "\n")
+    if options.plot is not None:
+        draw(rows, machine).savefig(options.plot, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""`blockffn bench`: how fast a model decodes, beside others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from blockffn.cli.output import check_json, wide_console, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from blockffn.evaluation.decoding.bench import BenchReport
+    from blockffn.evaluation.decoding.prompts import Prompt
+
+app = typer.Typer(no_args_is_help=True, help="Measure speed.")
+
+
+def register(parent: typer.Typer) -> None:
+    parent.add_typer(app, name="bench")
+
+
+@app.callback()
+def _bench() -> None:
+    """Measure speed."""
+
+
+@app.command("decode")
+def decode(
+    path: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a run, or of a model.", show_default=False)],
+    dense: Annotated[Path | None, typer.Option(help="Dense twin: ratios refer to its plain decoding.")] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="ngram, a trained draft's folder, auto (beside the model), or oracle:RATE: simulated, so often right."
+        ),
+    ] = None,
+    dense_draft: Annotated[
+        str | None, typer.Option(help="Draft of the dense twin; default: the same, where it is no folder.")
+    ] = None,
+    free_draft: Annotated[
+        bool, typer.Option("--free-draft", help="A simulated draft takes no time; default: that of a real head.")
+    ] = False,
+    tree: Annotated[int, typer.Option(help="Draft tokens of the fixed tree.")] = 7,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts like Spec-Bench's question.jsonl; default: a few of our own.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Kinds of prompts, separated by commas; default: all.")] = "",
+    per_task: Annotated[int, typer.Option(help="Prompts of each kind.")] = 2,
+    text: Annotated[
+        Path | None, typer.Option(help="Text or .jsonl file whose pieces are continued, beside the prompts.")
+    ] = None,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Pieces of --text and no prompts.")] = False,
+    peers: Annotated[
+        str, typer.Option(help="Others in the same rounds: huggingface, llama.cpp (a dense model of equal size).")
+    ] = "",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="New tokens of a prompt.")] = 128,
+    max_prompt_tokens: Annotated[int, typer.Option(help="A longer prompt loses its beginning.")] = 512,
+    rounds: Annotated[int, typer.Option(help="Every way takes every prompt so often.")] = 3,
+    backend: Annotated[str, typer.Option(help="What runs the models: auto, or a name.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Of the weights: auto, or what the backend has.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write what was measured to this file.")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="Draw it into this PNG or SVG.")] = None,
+) -> None:
+    """Time decoding: dense and sparse, plain, with drafts in a fixed tree and in a tree cut by cost.
+
+    All ways take turns on the same prompts, and new tokens per second are medians of the rounds, without the prompt's
+    own time. The texts of drafted modes are first compared with the plain loop's; a wrong one is not timed.
+
+    Example: blockffn bench decode runs/mini --dense runs/mini-dense --draft ngram --per-task 1
+    """
+    check_json(json_path)
+    if plot_path is not None and plot_path.suffix not in (".png", ".svg"):
+        raise ValueError(f"--plot {plot_path} must end in .png or .svg")
+    if text_only and text is None:
+        raise ValueError("--text-only needs a --text to continue")
+
+    from blockffn.evaluation.decoding.bench import BenchSettings, bench_decode
+
+    same = draft if draft in (None, "ngram", "auto") or str(draft).startswith("oracle:") else None
+    settings = BenchSettings(
+        draft=draft, dense_draft=dense_draft or (same if dense is not None else None), priced=not free_draft, tree=tree,
+        backend=backend, precision=precision, device=device, max_new_tokens=max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens, rounds=rounds, peers=_words(peers),
+    )  # fmt: skip
+    console = wide_console()
+    chosen = _prompts(prompts, text, _words(tasks), per_task, text_only)
+    report = bench_decode(path, chosen, settings, dense=dense, say=lambda line: console.print(line, style="dim"))
+    write_json(json_path, report.to_dict())
+    for table in (_rates(report), _steps(report)):
+        console.print(table)
+    if any(model["simulated_acceptance"] for model in report.about["models"].values()):
+        console.print(
+            "Acceptance is simulated: the drafts know the text, and are right at the rate given.", style="dim"
+        )
+    if plot_path is not None:
+        from blockffn.reporting.decoding import decoding_rates
+
+        plot_path.parent.mkdir(parents=True, exist_ok=True)
+        decoding_rates(report.to_dict()).savefig(plot_path, dpi=150)
+        console.print(f"written to {plot_path}", style="dim", soft_wrap=True)
+
+
+def _prompts(
+    path: Path | None, text: Path | None, tasks: tuple[str, ...], per_task: int, text_only: bool
+) -> list[Prompt]:
+    from blockffn.evaluation.decoding.prompts import own_prompts, read_prompts, text_pieces
+
+    found: list[Prompt] = []
+    if not text_only:
+        wanted = tasks or None
+        found = (
+            own_prompts(tasks=wanted, per_task=per_task)
+            if path is None
+            else read_prompts(path, tasks=wanted, per_task=per_task)
+        )
+    return found + (text_pieces(text, count=per_task) if text is not None else [])
+
+
+def _rates(report: BenchReport) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(header_style="bold", box=SIMPLE_HEAD, title="new tokens/s", title_justify="left")
+    table.add_column("", no_wrap=True)
+    results = report.results
+    for rate in results[0].rates:
+        table.add_column(rate.task.replace("_", " "), justify="right")
+    table.add_column("ratio", justify="right")
+    table.add_column("of the rounds", justify="right")
+    for result in results:
+        overall = result.overall
+        span = f"{overall.lowest_ratio:.2f}…{overall.highest_ratio:.2f}" if overall.ratio is not None else ""
+        table.add_row(
+            result.way,
+            *(f"{rate.tokens_per_second:.1f}" for rate in result.rates),
+            "" if overall.ratio is None else f"{overall.ratio:.2f}×",
+            span,
+        )
+    return table
+
+
+def _steps(report: BenchReport) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(header_style="bold", box=SIMPLE_HEAD, title="a step, and how its time is spent", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for heading in ("tokens", "drafts", "accepted by depth, %", "experts", "union", "draft %", "model %"):
+        table.add_column(heading, justify="right")
+    for result in report.results:
+        if not result.shares:
+            continue
+        length = result.overall.acceptance_length
+        table.add_row(
+            result.way,
+            "" if length is None else f"{length:.2f}",
+            "" if result.tree_size is None else f"{result.tree_size:.1f}",
+            " ".join(f"{100 * rate:.0f}" for rate in result.acceptance_by_depth),
+            "" if result.active_experts is None else f"{result.active_experts:.1f}",
+            "" if result.union_experts is None else f"{result.union_experts:.1f}",
+            f"{100 * result.shares['draft']:.0f}",
+            f"{100 * result.shares['decode']:.0f}",
+        )
+    return table
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.replace(",", " ").split())

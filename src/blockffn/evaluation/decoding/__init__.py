@@ -1,0 +1,1 @@
+"""How fast a model decodes: ways of decoding side by side, peers, and advice for this machine."""

@@ -1,0 +1,85 @@
+"""The modes of `blockffn bench decode`: dense and sparse models, plain, with a fixed tree, with one cut by cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blockffn.evaluation.decoding.oracle import OracleDrafter, PricedDrafter, random_eagle_head
+from blockffn.evaluation.decoding.prompts import EncodedPrompt
+from blockffn.evaluation.decoding.ways import Decoder, greedy
+from blockffn.inference.decode import generate
+from blockffn.inference.drafts import LARGEST_BY_COST, Draft, make_speculation
+from blockffn.inference.speculative.drafters.eagle import eagle_drafter
+from blockffn.inference.speculative.growth import BestNodes
+from blockffn.inference.target import Target
+from blockffn.models.causal_lm import BlockFFNForCausalLM
+
+ORACLE = "oracle:"
+PLAIN, FIXED, BY_COST = "plain", "fixed tree", "tree by cost"
+DEEPEST, MOST_CHILDREN = 5, 8  # of a simulated draft's trees, as `make_drafter` has them for a head
+
+
+@dataclass
+class Subject:
+    """A model with its target and, once they are known, what it says behind the prompts.
+
+    Attributes:
+        label: `dense` or `sparse`, in names of modes.
+        draft: `ngram`, a folder, or `oracle:RATE`; `None`: only the plain mode.
+        price: for simulated drafts, whether a real head of random weights runs beside them for its time.
+    """
+
+    label: str
+    model: BlockFFNForCausalLM
+    target: Target
+    draft: str | None = None
+    price: bool = True
+    seed: int = 0
+    continuations: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
+
+    def learn(self, prompts: Sequence[EncodedPrompt], max_new_tokens: int) -> None:
+        """Decode the prompts plainly, for a draft that is to know what comes."""
+        for prompt in prompts:
+            self.continuations[prompt.ids] = generate(self.target, prompt.ids, greedy(max_new_tokens)).token_ids
+
+    def plain(self) -> Decoder:
+        return Decoder(f"{self.label}, {PLAIN}", self.target)
+
+    def speculating(self, *, tree: str | int) -> Decoder:
+        """With a tree of so many draft tokens, or `auto`: as many as pay."""
+        assert self.draft is not None
+        size = LARGEST_BY_COST if tree == "auto" else int(tree)
+        draft = self._oracle(size) if self.draft.startswith(ORACLE) else _name(self.draft)
+        speculation = make_speculation(self.model, self.target, draft, tree=tree)
+        kind = BY_COST if tree == "auto" else f"{FIXED} {tree}"
+        return Decoder(f"{self.label}, {kind}", self.target, speculation)
+
+    def _oracle(self, size: int) -> Draft:
+        assert self.draft is not None
+        growth = BestNodes(top_k=min(size, MOST_CHILDREN), depth=min(size, DEEPEST), size=size)
+        rate = oracle_rate(self.draft)
+        oracle = OracleDrafter(rate, vocab_size=self.model.config.vocab_size, growth=growth, seed=self.seed)
+        for prompt, continuation in self.continuations.items():
+            oracle.learn(prompt, continuation)
+        if not self.price:
+            return oracle
+        dtype = self.model.model.norm.weight.dtype
+        head = random_eagle_head(self.model.config, dtype=dtype).to(self.model.model.norm.weight.device)
+        return PricedDrafter(oracle, eagle_drafter(head, self.model, growth=growth))
+
+
+def oracle_rate(draft: str) -> float:
+    """The number of `oracle:RATE`. Raises `ValueError` unless it lies between 0 and 1."""
+    try:
+        rate = float(draft.removeprefix(ORACLE))
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < 1:
+        raise ValueError(f"a simulated draft is written oracle:RATE with a rate between 0 and 1, got {draft!r}")
+    return rate
+
+
+def _name(draft: str) -> str | Path:
+    return draft if draft == "ngram" else Path(draft)

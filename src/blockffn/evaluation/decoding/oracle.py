@@ -1,0 +1,162 @@
+"""A drafter that knows what the target will say and is right as often as it is told to be: simulated acceptance.
+
+For timing speculation where no trained draft is at hand, such as with random weights. What it drafts is known in
+advance, so it shows what a draft of that quality would be worth, and nothing about any real one. What drafting costs
+can be made real: `PricedDrafter` runs a real drafter beside it and throws its trees away.
+
+The draft's confidence varies from position to position around the rate asked for. It is honest: where it says 0.8, its
+first choice is right in 80 of 100 cases. A further choice is right with half of what is left, and so on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blockffn.configuration import BlockFFNConfig
+from blockffn.inference.speculative.drafters import Drafter
+from blockffn.inference.speculative.growth import BestNodes, Budget, grow
+from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
+from blockffn.models.draft import DraftModel
+
+BRANCHES = 8  # children that are offered for a node
+CONCENTRATION = 2.0  # of the confidences around their mean; small: mostly near 0 or 1
+DRAFT_VOCABULARY = 16384  # tokens that a draft proposes, as the published one does
+
+
+@dataclass(frozen=True)
+class _Position:
+    """What the draft says at a position of the text: log-probabilities of its choices, and which of them is right."""
+
+    log_probs: Tensor
+    right: int  # BRANCHES or more: none
+
+
+class OracleDrafter:
+    """Proposes trees behind texts that it has been told (`learn`).
+
+    Args:
+        rate: mean probability that its first choice is right, between 0 and 1.
+        growth: how its distributions become a tree.
+        seed: which positions are easy, and where it errs; equal for all who use the same seed.
+
+    Raises:
+        ValueError: a rate outside 0 … 1.
+    """
+
+    deterministic = True
+
+    def __init__(self, rate: float, *, vocab_size: int, growth: BestNodes | None = None, seed: int = 0) -> None:
+        if not 0 < rate < 1:
+            raise ValueError(f"the rate of a simulated draft lies between 0 and 1, got {rate}")
+        self.rate, self.growth = rate, BestNodes() if growth is None else growth
+        self._vocab_size, self._seed = vocab_size, seed
+        self._texts: dict[tuple[int, ...], list[int]] = {}
+        self._text: list[int] = []
+        self._positions: dict[int, _Position] = {}
+
+    def learn(self, prompt: Sequence[int], continuation: Sequence[int]) -> None:
+        """What the target says behind a prompt. Behind others every proposal is wrong."""
+        self._texts[tuple(prompt)] = [*prompt, *continuation]
+
+    def start(self, prompt: Tensor) -> None:
+        self._text = self._texts.get(tuple(prompt.tolist()), [])
+        self._positions = {}
+
+    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
+        """Nothing to learn."""
+
+    def propose(self, context: Tensor, budget: Budget) -> DraftTree:
+        length = len(context)
+        size, depth = min(self.growth.size, budget.nodes), min(self.growth.depth, budget.depth)
+        if size < 1 or depth < 1:
+            return no_tree()
+
+        def expand(tree: DraftTree, nodes: list[int]) -> Tensor:
+            return torch.stack([self._position(length, tree, node).log_probs for node in nodes])
+
+        ranks = grow(expand, top_k=min(self.growth.top_k, BRANCHES), depth=depth, size=size)
+        return DraftTree(self._tokens(ranks, length), ranks.parents, ranks.log_probs)
+
+    def _position(self, length: int, tree: DraftTree, node: int) -> _Position:
+        """Of the children of a node. What follows a wrong token is as easy as what follows the right one."""
+        place = length + (0 if node == ROOT else int(tree.depth[node]))
+        if place not in self._positions:
+            rng = random.Random(f"{self._seed} {place} {self._text[place - 1 : place + 1]}")
+            first = rng.betavariate(CONCENTRATION * self.rate, CONCENTRATION * (1 - self.rate))
+            first = min(max(first, 0.01), 0.99)
+            shares = [first]
+            for _ in range(1, BRANCHES):  # half of what is left, and never more than the choice before
+                shares.append(min(shares[-1], (1 - sum(shares)) / 2))
+            luck, right = rng.random(), 0
+            while right < BRANCHES and luck >= shares[right]:
+                luck -= shares[right]
+                right += 1
+            self._positions[place] = _Position(torch.tensor(shares).log(), right)
+        return self._positions[place]
+
+    def _tokens(self, ranks: DraftTree, length: int) -> Tensor:
+        """A node is right if its parent is and it is the choice that is right at its place."""
+        on_text = {ROOT}
+        tokens = []
+        chosen, depths = ranks.tokens.tolist(), ranks.depth.tolist()
+        for node, parent in enumerate(ranks.parent_list):
+            place = length + depths[node] - 1
+            right = self._text[place] if place < len(self._text) else None
+            if right is not None and parent in on_text and chosen[node] == self._positions[place].right:
+                on_text.add(node)
+                tokens.append(right)
+                continue
+            wrong = random.Random(f"{self._seed} {place} {node} {chosen[node]}").randrange(self._vocab_size - 1)
+            tokens.append(wrong if right is None or wrong < right else wrong + 1)
+        return torch.tensor(tokens, dtype=torch.int64)
+
+
+class PricedDrafter:
+    """Proposes what one drafter proposes and takes the time that another takes as well."""
+
+    def __init__(self, drafter: Drafter, price: Drafter) -> None:
+        self._drafter, self._price = drafter, price
+
+    @property
+    def deterministic(self) -> bool:
+        return self._drafter.deterministic
+
+    def start(self, prompt: Tensor) -> None:
+        self._price.start(prompt)
+        self._drafter.start(prompt)
+
+    def propose(self, context: Tensor, budget: Budget) -> DraftTree:
+        self._price.propose(context, budget)
+        return self._drafter.propose(context, budget)
+
+    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
+        self._price.observe(tokens, hidden)
+        self._drafter.observe(tokens, hidden)
+
+
+def random_eagle_head(config: BlockFFNConfig, *, dtype: torch.dtype, seed: int = 0) -> DraftModel:
+    """A head of the published one's proportions beside a target: one layer, heads of 128, random weights."""
+    width = config.hidden_size
+    head_dim = 128 if width % 128 == 0 else width
+    heads = width // head_dim
+    sizes = {
+        "num_hidden_layers": 1, "intermediate_size": max(64, round(2.8125 * width / 64) * 64), "ffn_type": "dense",
+        "attention_type": "gqa", "num_attention_heads": heads, "head_dim": head_dim,
+        "num_key_value_heads": max(1, heads // 4) if heads % 4 == 0 else 1,
+    }  # fmt: skip
+    surplus = ("quantization_config", "architectures", "dtype")
+    values = {name: value for name, value in config.to_dict().items() if name not in surplus}
+    draft_config = BlockFFNConfig.from_dict(values | sizes)
+    draft_config._attn_implementation = "eager"
+    ids = None if config.vocab_size <= DRAFT_VOCABULARY else torch.arange(DRAFT_VOCABULARY)
+    draft = DraftModel(draft_config, token_ids=ids)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in draft.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
+    return draft.to(dtype).requires_grad_(False).eval()

@@ -1,0 +1,75 @@
+"""Other programs that continue the same prompts: Hugging Face's `generate()` and llama.cpp.
+
+Each runs in this process, with as many threads, in the same rounds. What is not installed is left out and said.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from blockffn.evaluation.decoding.modes import Subject
+from blockffn.evaluation.decoding.ways import Run, Way
+from blockffn.models.causal_lm import BlockFFNForCausalLM
+
+PEERS = ("huggingface", "llama.cpp")
+
+
+def make_peers(names: Sequence[str], subject: Subject, precision: str, capacity: int) -> tuple[list[Way], list[str]]:
+    """The peers of these names for a dense model, and what is to be said about those that are left out.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    ways: list[Way] = []
+    notes = []
+    for name in names:
+        if name not in PEERS:
+            raise ValueError(f"unknown peer {name!r}; choose from {', '.join(PEERS)}")
+        if name == "huggingface":
+            ways.append(HuggingFaceGenerate(f"{subject.label}, Hugging Face generate()", subject.model))
+            continue
+        from blockffn.evaluation.decoding import llama
+
+        if (missing := llama.missing()) is not None:
+            notes.append(missing)
+        elif subject.model.device.type != "cpu":
+            notes.append("llama.cpp is compared on the CPU alone")
+        else:
+            ways.append(llama.LlamaCpp.like(subject.model.config, precision=precision, capacity=capacity))
+    return ways, notes
+
+
+class HuggingFaceGenerate:
+    """`model.generate(do_sample=False)`, timed from its first new token to its last."""
+
+    def __init__(self, name: str, model: BlockFFNForCausalLM) -> None:
+        self.name, self._model = name, model
+
+    def run(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Run:
+        model, clock = self._model, _Clock()
+        ids = torch.tensor([list(prompt_ids)], device=model.device)
+        begin = time.perf_counter()
+        with torch.no_grad():
+            out: Any = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
+                min_new_tokens=max_new_tokens, pad_token_id=0, streamer=clock,
+            )  # fmt: skip
+        first, last = clock.times[1], clock.times[-1]  # the first call has the prompt
+        return Run(out[0, len(prompt_ids) :].tolist(), last - first, first - begin)
+
+
+class _Clock:
+    """A streamer that keeps no tokens, only when they came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""

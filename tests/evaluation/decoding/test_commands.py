@@ -1,0 +1,113 @@
+"""The two commands on a tiny model: what they print is what they write, and mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from blockffn.cli import app
+from blockffn.configuration import BlockFFNConfig
+from blockffn.data.tokenizer import train_tokenizer
+from blockffn.models.causal_lm import BlockFFNForCausalLM
+
+SIZES = {
+    "vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 2, "num_experts": 8, "moe_intermediate_size": 16,
+    "intermediate_size": 96, "num_attention_heads": 2, "attention_type": "gqa", "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = train_tokenizer(["some words of a text, and some more words"] * 3, vocab_size=300)
+    for name in ("moe", "dense"):
+        torch.manual_seed(0)
+        BlockFFNForCausalLM(BlockFFNConfig(**SIZES, ffn_type=name)).save_pretrained(root / name)  # type: ignore[arg-type]
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+def run(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_bench_decode_times_every_mode_and_writes_it(models: Path, tmp_path: Path) -> None:
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    printed = run(
+        "bench", "decode", models / "moe", "--dense", models / "dense", "--draft", "oracle:0.7", "--per-task", "1",
+        "--tasks", "qa,rag", "-n", "10", "--rounds", "1", "--tree", "4", "--peers", "huggingface", "--json", out,
+        "--plot", picture,
+    )  # fmt: skip
+    report = json.loads(out.read_text())
+    ways = [result["way"] for result in report["results"]]
+    assert ways == [
+        "dense, plain", "dense, fixed tree 4", "dense, tree by cost", "sparse, plain", "sparse, fixed tree 4",
+        "sparse, tree by cost", "dense, Hugging Face generate()",
+    ]  # fmt: skip
+    assert all(way in printed for way in ways)
+    assert "Acceptance is simulated" in printed
+    assert [check["faults"] for check in report["checks"]] == [[]] * 4
+    assert report["prompts"] == {"qa": 1, "rag": 1}
+    assert report["models"]["sparse"]["simulated_acceptance"] is True
+    assert report["machine"]["date"]
+    for result in report["results"]:
+        assert [rate["task"] for rate in result["rates"]] == ["qa", "rag", "all"]
+        assert all(rate["tokens_per_second"] > 0 for rate in result["rates"])
+    assert report["results"][0]["rates"][-1]["ratio"] == 1
+    assert report["results"][1]["rates"][-1]["acceptance_length"] > 1.3
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_draft_only_plain_decoding_is_timed_and_it_is_said(models: Path, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("some words of a text. " * 200)
+    printed = run("bench", "decode", models / "moe", "--text", book, "--text-only", "-n", "6", "--rounds", "1")
+    assert "no draft for the sparse model" in printed
+    assert "sparse, plain" in printed
+    assert "tree" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--draft", "oracle:2"], "between 0 and 1"),
+        (["--rounds", "0"], "rounds must be at least 1"),
+        (["--tasks", "cooking"], "no prompts of the kind 'cooking'"),
+        (["--peers", "vllm"], "unknown peer 'vllm'"),
+        (["-n", "500"], "at most 448"),
+        (["--text-only"], "needs a --text"),
+        (["--plot", "x.txt"], "must end in .png or .svg"),
+    ],
+)
+def test_mistakes_are_named(models: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run("bench", "decode", models / "moe", *arguments)
+
+
+def test_a_twin_with_another_tokenizer_is_refused(models: Path, tmp_path: Path) -> None:
+    BlockFFNForCausalLM(BlockFFNConfig(**SIZES, ffn_type="dense")).save_pretrained(tmp_path / "other")  # type: ignore[arg-type]
+    train_tokenizer(["another text"], vocab_size=280).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="another tokenizer"):
+        run("bench", "decode", models / "moe", "--dense", tmp_path / "other")
+
+
+def test_advise_measures_and_says_what_to_use(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "advice.json"
+    printed = run("advise", models / "moe", "oracle:0.8", "-n", "8", "--json", out)
+    advice = json.loads(out.read_text())
+    assert [draft["name"] for draft in advice["drafts"]] == ["ngram", "oracle:0.8"]
+    assert set(advice["acceptance"]["oracle:0.8"]) >= {"qa", "rag", "mt_bench", "all"}
+    assert advice["acceptance"]["oracle:0.8"]["all"]["tokens_per_step"] > 1.5
+    best = advice["options"][0]
+    assert best["measured"] > 0
+    assert best["tokens_per_second"] > 0
+    assert advice["bandwidth"] > 1e8
+    assert "use: blockffn generate" in printed
+    assert "tokens a step" in printed
