@@ -1,7 +1,7 @@
 """Time the sparse FFN: every method against the dense product and against the memory bandwidth of the machine.
 
     python benchmarks/ops.py --json benchmarks/results/ops.json --plot ops.png
-    python benchmarks/ops.py --device cuda --json benchmarks/results/ops-h100.json
+    python benchmarks/ops.py --device cuda --budget 90 --json ops-h100.json --plot ops-h100.png
     python benchmarks/ops.py --crossing --json benchmarks/results/ops-crossing.json
 
 Each method is first checked against the float32 reference on the inputs that are then timed; a method that fails is not
@@ -13,35 +13,45 @@ timed. Weights are always cold. Columns:
              the time taken. CPU: a read by all threads just before and after; GPU: a copy of one gigabyte
     x dense  time of torch's dense bf16 product over the time taken; x f32: of its dense float32 product
 
-On a GPU a second table times many tokens, forward alone and with backward: where grouped products over the active pairs
-beat the dense product. `--crossing` shows for which tokens and shares the CPU kernel over plain experts beats the dense
-product, and whether `auto` is ever more than 5 % slower than that.
+On a GPU kernels are compiled before the first timing, and a second table shows, by tokens and union, the time of `auto`
+over that of the dense product. `--prefill` times many tokens instead, forward alone and with backward: where grouped
+products over the active pairs beat the dense product. `--budget` stops there at the latest; what was timed until then
+is printed and written. On a CPU `--crossing` shows for which tokens and shares the kernel over plain experts beats the
+dense product, and whether `auto` is ever more than 5 % slower than that.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import threading
+import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from layers import SHAPES, Chunk, Row, plot, print_rows
+from layers import SHAPES, Row, plot, print_rows
+
+RESERVE = 8  # seconds of the budget for the plot
 
 
 def arguments_of_command() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="default: 1.2B and 2.5B on a CPU, four on a GPU")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, help="default: 1.2B, 2.5B on a CPU, 2048x64, 2.8B on a GPU"
+    )
     parser.add_argument("--tokens", nargs="+", type=int, help="only chunks of so many tokens")
     parser.add_argument("--methods", nargs="+", help="only methods whose name contains one of these")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.05, help="length of one timing (CPU)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--prefill-shape", default="2048x64", choices=SHAPES)
+    parser.add_argument("--budget", type=float, default=600, help="end after so many seconds from the imports (GPU)")
+    parser.add_argument("--prefill", action="store_true", help="only the table of many tokens (GPU)")
     parser.add_argument("--crossing", action="store_true", help="only the table of where sparsity pays (CPU)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of --crossing")
     parser.add_argument("--json", type=Path, help="write what is printed as data")
@@ -49,69 +59,102 @@ def arguments_of_command() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def time_chunks(
-    module: Any, shapes: list[str], chunks: list[Chunk], methods: dict[str, Any], options: Any
-) -> list[Row]:
+class Report:
+    """What has been measured so far; `write` may be called at any moment."""
+
+    def __init__(self, about: dict[str, Any], path: Path | None) -> None:
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        self.machine, self.path = about | versions | {"date": date}, path
+        self.data: dict[str, Any] = {}
+
+    def write(self) -> None:
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps({"machine": self.machine, **self.data}, indent=1) + "\n")
+
+    def stop(self) -> None:
+        """Write and end the process, whatever it is doing."""
+        self.write()
+        print("\nThe time is up.", flush=True)
+        os._exit(0)
+
+
+def time_chunks(module: Any, options: argparse.Namespace, report: Report, deadline: float) -> None:
+    """Every method on every shape and chunk until the deadline; on a GPU then the table of where `auto` pays."""
+    on_gpu = options.device == "cuda"
+    shapes = options.shapes or (["2048x64", "2.8B"] if on_gpu else ["1.2B", "2.5B"])
+    wanted = options.methods or [""]
+    methods = {name: m for name, m in module.METHODS.items() if any(part in name for part in wanted)}
+    chunks = [chunk for chunk in module.chunks() if not options.tokens or chunk.num_tokens in options.tokens]
+    if not methods or not chunks:
+        raise SystemExit(f"nothing to time: methods are {', '.join(module.METHODS)}")
     rows: list[Row] = []
     for name in shapes:
+        if on_gpu and time.monotonic() > deadline:
+            break
         bench = module.Bench(name, methods)
+        if on_gpu:
+            start = time.monotonic()
+            bench.compile(chunks)
+            print(f"\n{name}: compiled in {time.monotonic() - start:.0f} s", flush=True)
         for chunk in chunks:
+            if on_gpu and time.monotonic() > deadline:
+                print(f"\n{name}: no time for {chunk}", flush=True)
+                break
             with torch.inference_mode():
                 own = bench.run(chunk, options.rounds, options.seconds)
             print_rows(own, lambda row: f", memory {row.bandwidth / 1e9:.1f} GB/s")
             rows += own
+            report.data["results"] = [asdict(row) for row in rows]
+        report.write()
         del bench
-    return rows
+    if on_gpu:
+        report.data["crossing"] = module.print_crossing(rows)
 
 
 def main() -> None:
+    started = time.monotonic()
     options = arguments_of_command()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    data: dict[str, Any] = {}
+    module: Any
+    if options.device == "cpu":
+        import on_cpu as module
+    else:
+        import on_cuda as module
+    if (options.prefill and options.device == "cpu") or (options.crossing and options.device == "cuda"):
+        raise SystemExit("--prefill needs --device cuda, --crossing needs --device cpu")
+    report = Report(module.machine(), options.json)
+    if options.device == "cuda":
+        timer = threading.Timer(options.budget - (time.monotonic() - started), report.stop)
+        timer.daemon = True  # compiling threads cannot be stopped, so the process ends
+        timer.start()
+    print(f"{report.machine['device']}, copy bandwidth {report.machine['copy_bandwidth'] / 1e9:.1f} GB/s", flush=True)
+    for way, microseconds in report.machine.get("call_overhead_microseconds", {}).items():
+        print(f"a call without work: {microseconds:.1f} us ({way})")
     if options.crossing:
         from crossing import crossing
-        from on_cpu import machine
 
-        data["crossing"] = crossing(
+        report.data["crossing"] = crossing(
             options.shapes or ["0.1B", "1.2B"],
             options.dtypes,
             tokens=options.tokens,
             rounds=options.rounds,
             seconds=options.seconds,
         )
-    elif options.device == "cpu":
-        import on_cpu as module
-        from on_cpu import machine
+    elif options.prefill:
+        report.data["prefill"] = []
+        for shape in options.shapes or ["2048x64"]:
+            for case in module.PREFILL:
+                prefill = module.time_prefill(shape, *case)
+                module.print_prefill(prefill)
+                report.data["prefill"] += [asdict(row) for row in prefill]
     else:
-        import on_cuda as module
-        from on_cuda import machine
-    about = machine()
-    print(f"{about['device']}, copy bandwidth {about['copy_bandwidth'] / 1e9:.1f} GB/s")
-    for way, microseconds in about.get("call_overhead_microseconds", {}).items():
-        print(f"a call without work: {microseconds:.1f} us ({way})")
-    if not options.crossing:
-        shapes = options.shapes or (
-            ["1.2B", "2.5B"] if options.device == "cpu" else ["0.1B", "0.8B", "2048x64", "2.8B"]
-        )
-        wanted = options.methods or [""]
-        methods = {name: m for name, m in module.METHODS.items() if any(part in name for part in wanted)}
-        chunks = [chunk for chunk in module.chunks() if not options.tokens or chunk.num_tokens in options.tokens]
-        if not methods or not chunks:
-            raise SystemExit(f"nothing to time: methods are {', '.join(module.METHODS)}")
-        rows = time_chunks(module, shapes, chunks, methods, options)
-        data["results"] = [asdict(row) for row in rows]
-        if options.device == "cuda":
-            prefill = [row for case in module.PREFILL for row in module.time_prefill(options.prefill_shape, *case)]
-            module.print_prefill(prefill)
-            data["prefill"] = [asdict(row) for row in prefill]
-        if options.plot:
-            plot(data["results"], str(options.plot))
-    if options.json:
-        versions = {"torch": torch.__version__, "python": platform.python_version()}
-        date = datetime.now(UTC).isoformat(timespec="seconds")
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": about | versions | {"date": date}, **data}, indent=1) + "\n")
+        time_chunks(module, options, report, started + options.budget - RESERVE)
+    report.write()
+    if options.plot and "results" in report.data:
+        plot(report.data["results"], str(options.plot))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,6 +122,31 @@ def test_a_token_is_not_touched_by_experts_of_its_neighbours() -> None:
 def test_repeated_calls_are_bit_equal(T: int) -> None:
     inputs = layer(T, 5, 32, 64)
     assert torch.equal(sparse_ffn(*inputs, backend="triton"), sparse_ffn(*inputs, backend="triton"))
+
+
+@pytest.mark.parametrize(("T", "E", "F", "D"), [(2, 3, 64, 144), (9, 5, 96, 80), (17, 4, 32, 16), (33, 3, 128, 48)])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.1])
+def test_wide_blocks_equal_the_reference_however_large_the_union(T: int, E: int, F: int, D: int, share: float) -> None:
+    from blockffn.ops.sparse_ffn.triton_union import choose_config, ffn_over_union
+
+    inputs = layer(T, E, F, D, share=share, dtype=torch.float16)  # float32 has no wide blocks
+    expected = sparse_ffn(*(t.float() for t in inputs), backend="reference")
+    for wide_blocks in (0.0, 1.0, 100.0):  # every union takes them, large ones, none
+        config = replace(choose_config(T, E), up_rows=16, wide_rows=64, wide_blocks=wide_blocks, splits=2)
+        y = ffn_over_union(*inputs, config=config)
+        assert_close(f"y with wide blocks from {wide_blocks} a processor", y, expected, torch.float16)
+
+
+@pytest.mark.parametrize("E", [128, 300])
+def test_a_chunk_finds_its_experts_however_many_there_are(E: int) -> None:
+    x, up, down, weights = layer(3, E, 16, 16, share=1.1)
+    for active in ([0], [E - 1], [0, 1, 127, E - 1]):
+        chosen = torch.zeros_like(weights)
+        chosen[:, active] = weights[:, active]
+        chosen[1, active[0]] = 0
+        for backend in ("triton", "triton_invariant"):
+            y = sparse_ffn(x, up, down, chosen, backend=backend)
+            assert_close(backend, y, sparse_ffn(x, up, down, chosen, backend="reference"), torch.float32)
 
 
 @pytest.mark.parametrize("E", [31, 32, 33, 70])
@@ -245,16 +271,16 @@ def test_bfloat16_gradients_equal_the_reference(T: int) -> None:
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("T", [1, 8, 32, 200])
+@pytest.mark.parametrize("T", [1, 8, 16, 32, 64, 200])
 def test_a_cuda_graph_replays_with_new_routing(T: int) -> None:
-    x, up, down, weights = (t.nan_to_num() for t in layer(T, 32, 64, 512, dtype=torch.bfloat16))
+    x, up, down, weights = (t.nan_to_num() for t in layer(T, 128, 64, 512, dtype=torch.bfloat16))
     sparse_ffn(x, up, down, weights, backend="triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = sparse_ffn(x, up, down, weights, backend="triton")
     for seed in range(3):
-        x.copy_(layer(T, 32, 64, 512, seed=seed + 1)[0])
-        weights.copy_(layer(T, 32, 64, 512, seed=seed + 1, share=0.1 + 0.4 * seed)[3])
+        x.copy_(layer(T, 128, 64, 512, seed=seed + 1)[0])
+        weights.copy_(layer(T, 128, 64, 512, seed=seed + 1, share=0.1 + 0.4 * seed)[3])
         graph.replay()
         wide = (t.float() for t in (x, up, down, weights))
         assert_close("y", y, sparse_ffn(*wide, backend="reference"), torch.bfloat16)
@@ -262,7 +288,18 @@ def test_a_cuda_graph_replays_with_new_routing(T: int) -> None:
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("T", [1, 8, 32])
+@pytest.mark.parametrize("T", [16, 24, 32, 48, 64])
+@pytest.mark.parametrize(("E", "F", "D"), [(64, 128, 2048), (128, 128, 2048), (48, 64, 768), (40, 32, 256)])
+@pytest.mark.parametrize("num_union", [1, 13, 0])
+def test_bfloat16_equals_the_reference_at_either_block_size(T: int, E: int, F: int, D: int, num_union: int) -> None:
+    x, up, down, weights = layer(T, E, F, D, share=1.1, dtype=torch.bfloat16)
+    weights[:, num_union or E :] = 0
+    assert_equals_reference(x, up, down, weights)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("T", [1, 8, 32, 64])
 def test_auto_takes_the_kernels_for_inference_on_the_gpu(T: int) -> None:
     inputs = layer(T, 8, 32, 64, dtype=torch.bfloat16)
     assert torch.equal(sparse_ffn(*inputs), sparse_ffn(*inputs, backend="triton"))

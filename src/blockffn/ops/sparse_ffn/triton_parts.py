@@ -27,26 +27,65 @@ def let_next_kernel_start(PDL: tl.constexpr):
 
 
 @triton.jit
-def rank_active(weights_ptr, num_tokens, E: tl.constexpr, TOKENS: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The union of up to `TOKENS` tokens: a mask over the experts, and for each the number of active ones up to it.
+def active_words(weights_ptr, num_tokens, E: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr):
+    """The union of up to `TOKENS` tokens as bits: bit `c` of lane `l` is expert `LANES * c + l`.
 
-    One load per token, all in flight at once: a thread keeps its own experts, and none are exchanged until the scan.
-    A `[tokens, experts]` tile with a reduction is slower (a layer of 128 experts, 8 tokens: 25 µs instead of 19).
+    Returns the words, their bit counts and the running sum of these, `[LANES]` each. One load per token and bit, all in
+    flight at once: a thread keeps its own experts, and none are exchanged until the sum. A `[tokens, experts]` tile
+    with a reduction is slower (a layer of 128 experts, 8 tokens: 25 µs instead of 19).
     """
-    experts = tl.arange(0, BLOCK_E)
-    active = tl.zeros([BLOCK_E], tl.int32)
-    for t in tl.static_range(TOKENS):
-        token = tl.minimum(t, num_tokens - 1)
-        weights = tl.load(weights_ptr + token * E + experts, mask=experts < E, other=0.0)
-        active |= (weights != 0).to(tl.int32)
-    return active, tl.cumsum(active, axis=0)
+    lanes = tl.arange(0, LANES)
+    words = tl.zeros([LANES], tl.int32)
+    counts = tl.zeros([LANES], tl.int32)
+    for chunk in tl.static_range((E + LANES - 1) // LANES):
+        experts = chunk * LANES + lanes
+        active = tl.zeros([LANES], tl.int32)
+        for t in tl.static_range(TOKENS):
+            token = tl.minimum(t, num_tokens - 1)
+            weights = tl.load(weights_ptr + token * E + experts, mask=experts < E, other=0.0)
+            active |= (weights != 0).to(tl.int32)
+        words |= active << chunk
+        counts += active
+    return words, counts, tl.cumsum(counts, axis=0)
 
 
 @triton.jit
-def nth_active(active, ranks, n, BLOCK_E: tl.constexpr):
-    """The `n`-th active expert, 0 if there is none; int64, so that offsets do not overflow."""
-    found = (active != 0) & (ranks == n + 1)
-    return tl.sum(tl.where(found, tl.arange(0, BLOCK_E), 0), axis=0).to(tl.int64)
+def num_active(active):
+    return tl.max(active[2], axis=0)
+
+
+@triton.jit
+def num_active_below(active, lane, LANES: tl.constexpr):
+    """Active experts in the lanes below `lane`."""
+    return tl.sum(tl.where(tl.arange(0, LANES) < lane, active[1], 0), axis=0)
+
+
+@triton.jit
+def nth_active(active, n, E: tl.constexpr, LANES: tl.constexpr):
+    """The `n`-th active expert in the order of lanes, then of bits; some expert past the last one."""
+    words, counts, ranks = active
+    before = ranks - counts
+    found = (before <= n) & (n < ranks)
+    word = tl.sum(tl.where(found, words, 0), axis=0)
+    # The lane and the experts before it share an integer; either is at most 512.
+    place = tl.sum(tl.where(found, before * 1024 + tl.arange(0, LANES), 0), axis=0)
+    lane, left = place % 1024, n - place // 1024
+    expert = lane
+    for chunk in tl.static_range((E + LANES - 1) // LANES):
+        bit = (word >> chunk) & 1
+        expert = tl.where((bit == 1) & (left == 0), chunk * LANES + lane, expert)
+        left -= bit
+    return expert
+
+
+@triton.jit
+def row_of_item(active, item, E: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """The first of the `ROWS` rows of an item, int64 so that offsets do not overflow.
+
+    Items number the blocks of rows of the active experts.
+    """
+    steps: tl.constexpr = F // ROWS
+    return nth_active(active, item // steps, E, LANES).to(tl.int64) * F + (item % steps) * ROWS
 
 
 @triton.jit

@@ -15,13 +15,23 @@ import triton.language as tl
 from torch import Tensor
 
 from blockffn.ops.gpu import num_processors
-from blockffn.ops.sparse_ffn.triton_parts import (
-    let_next_kernel_start,
-    nth_active,
-    rank_active,
-    silu,
-    wait_for_previous_kernel,
-)
+from blockffn.ops.sparse_ffn.triton_parts import let_next_kernel_start, silu, wait_for_previous_kernel
+
+
+@triton.jit
+def _rank_active(weights_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """A mask over the experts, and for each the number of active ones up to it."""
+    experts = tl.arange(0, BLOCK_E)
+    weights = tl.load(weights_ptr + experts, mask=experts < E, other=0.0)
+    active = (weights != 0).to(tl.int32)
+    return active, tl.cumsum(active, axis=0)
+
+
+@triton.jit
+def _nth_active(active, ranks, n, BLOCK_E: tl.constexpr):
+    """The `n`-th active expert, 0 if there is none; int64, so that offsets do not overflow."""
+    found = (active != 0) & (ranks == n + 1)
+    return tl.sum(tl.where(found, tl.arange(0, BLOCK_E), 0), axis=0).to(tl.int64)
 
 
 @triton.jit
@@ -33,14 +43,14 @@ def _rows_kernel(
     """partial[program] = sum over its rows of weight * silu(up[row] . x) * down[row]."""
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
-    active, ranks = rank_active(weights_ptr, 1, E, 1, BLOCK_E)
+    active, ranks = _rank_active(weights_ptr, E, BLOCK_E)
     steps: tl.constexpr = F // ROWS
     columns = tl.arange(0, BLOCK_D)
     inside = columns < D
     x = tl.load(x_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     partial = tl.zeros([BLOCK_D], tl.float32)
     for item in range(tl.program_id(0), tl.max(ranks, axis=0) * steps, tl.num_programs(0)):
-        expert = nth_active(active, ranks, item // steps, BLOCK_E)
+        expert = _nth_active(active, ranks, item // steps, BLOCK_E)
         rows = expert * F + (item % steps) * ROWS + tl.arange(0, ROWS)
         at = rows[:, None] * D + columns[None, :]
         up = tl.load(up_ptr + at, mask=inside[None, :], other=0.0)

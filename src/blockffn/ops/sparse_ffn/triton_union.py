@@ -1,7 +1,8 @@
 """Up to 64 tokens over the union of their experts: two launches, each union expert's weights read once for all tokens.
 
-Every program finds the union itself: it reads the `[T, E]` routing weights and ranks the experts that any token
-activates, so there is no compaction launch and no host synchronisation. The second kernel is launched while the first
+Every program finds the union itself: it reads the `[T, E]` routing weights and numbers the experts that any token
+activates, so there is no compaction launch and no host synchronisation; the size of the union, which the host does not
+know, chooses between narrow and wide blocks of rows. The second kernel is launched while the first
 still runs (programmatic dependent launch) and has its first rows of `down` in flight before it waits for the hidden
 values. A token that does not activate an expert of the union gets a hidden value of exactly 0 there. Sums run in
 float32 in an order that depends only on the union: repeated calls are bit-equal.
@@ -10,6 +11,7 @@ float32 in an order that depends only on the union: repeated calls are bit-equal
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,16 +21,19 @@ from torch import Tensor
 
 from blockffn.ops.gpu import num_processors
 from blockffn.ops.sparse_ffn.triton_parts import (
+    active_words,
     let_next_kernel_start,
-    nth_active,
-    rank_active,
+    num_active,
+    num_active_below,
+    row_of_item,
     silu,
     store_split,
     wait_for_previous_kernel,
 )
 
 MAX_TOKENS = 64
-PARTS = 4  # of the columns in a step of the up kernel, one for each of its warps
+PARTS = 4  # of the columns in a step over narrow blocks, one for each warp of the up kernel
+LANES = 128  # of the scan over routing weights, one for each thread of four warps
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,11 @@ class UnionConfig:
     """Launch shape.
 
     A program of the up kernel multiplies `up_rows` rows of an expert, in steps of `up_cols` columns, with
-    `up_stages - 1` steps in flight; there are `up_programs` per processor. One of the down kernel sums every
-    `splits`-th block of `down_rows` rows over `down_cols` columns; with `by_expert`, the blocks of its own range of
-    expert numbers instead. Tokens are padded to a power of two of at least `min_tokens`.
+    `up_stages - 1` steps in flight; there are `up_programs` per processor. Where the union has at least `wide_blocks`
+    blocks of `wide_rows` rows for each processor, it takes these, in `wide_stages` steps of `wide_cols` columns;
+    `wide_rows` of 0 means never. A program of the down kernel sums every `splits`-th block of `down_rows` rows over
+    `down_cols` columns; with `by_expert`, the blocks of its own range of expert numbers instead. Tokens are padded to a
+    power of two of at least `min_tokens`.
     """
 
     up_rows: int
@@ -47,6 +54,10 @@ class UnionConfig:
     up_programs: int
     down_warps: int
     splits: int
+    wide_rows: int = 0
+    wide_cols: int = 128
+    wide_stages: int = 3
+    wide_blocks: float = 0.3
     down_rows: int = 128
     down_cols: int = 64
     by_expert: bool = False
@@ -60,103 +71,161 @@ INVARIANT_TOKENS = 32
 
 
 def choose_config(num_tokens: int, num_experts: int) -> UnionConfig:
-    """What was fastest on an H200 at D 2048, F 128 and a union of 31 %.
+    """What was fastest on an H100 at D 2048, F 128 and unions of 31 and 100 %, as far as it was measured.
 
-    Few tokens need all their bytes in flight at once, more tokens fewer re-reads of `x`, more experts more programs.
+    Few tokens need all their bytes in flight at once. More tokens need fewer re-reads of `x`, hence wide blocks, where
+    these keep the processors busy: from 17 tokens a third of a block for each does, with fewer tokens most of one. More
+    experts need more programs.
     """
     many = num_experts > 64
     if num_tokens <= 8:
         return UnionConfig(16, 512, 4 if many else 5, 3 if many else 2, down_warps=4, splits=16)
     if num_tokens <= 16:
-        return UnionConfig(16, 512, 4, 2, down_warps=8, splits=8)
+        return UnionConfig(16, 512, 4, 2, down_warps=8, splits=8, wide_rows=64, wide_blocks=0.75)
     if num_tokens <= 32:
-        return UnionConfig(32, 256, 4, 2, down_warps=8, splits=8) if many else UnionConfig(16, 512, 3, 2, 8, 8)
-    return UnionConfig(32, 256, 4, 2, down_warps=8, splits=8)
+        return UnionConfig(16, 512, 3, 2, down_warps=8, splits=8, wide_rows=64, wide_stages=4)
+    if many:
+        return UnionConfig(32, 256, 2, 2, down_warps=8, splits=8, wide_rows=64)
+    return UnionConfig(32, 256, 2, 1, down_warps=8, splits=8, wide_rows=64, wide_stages=4)
 
 
 @triton.jit
-def _up_kernel(
-    x_ptr, up_ptr, weights_ptr, hidden_ptr, counter_ptr,
-    num_tokens,
-    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOKENS: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, COUNTERS: tl.constexpr,
-    PDL: tl.constexpr,
+def _narrow_blocks(
+    x_ptr, up_ptr, weights_ptr, hidden_ptr, active, num_tokens,
+    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """hidden[t, rank * F + f] = weight[t] * silu(up[expert, f] . x[t]) over the union, ascending; 0 where inactive.
-
-    The columns of a step are cut into `PARTS`, each summed by its own warp: one chain of dependent products is slower.
-    """
-    wait_for_previous_kernel(PDL)
-    let_next_kernel_start(PDL)
-    if tl.program_id(0) == 0:
-        tl.store(counter_ptr + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
-    active, ranks = rank_active(weights_ptr, num_tokens, E, TOKENS, BLOCK_E)
-    steps: tl.constexpr = F // ROWS
+    """The columns of a step are cut into `PARTS`, each summed by its own warp: one chain of products is slower."""
     columns = tl.arange(0, PARTS)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     local_rows = tl.arange(0, ROWS)
     tokens = tl.arange(0, TOKENS)
     present = tokens < num_tokens
-    for item in range(tl.program_id(0), tl.max(ranks, axis=0) * steps, tl.num_programs(0)):
-        expert = nth_active(active, ranks, item // steps, BLOCK_E)
-        rows = expert * F + (item % steps) * ROWS + local_rows
+    for item in range(tl.program_id(0), num_active(active) * (F // ROWS), tl.num_programs(0)):
+        row = row_of_item(active, item, E, F, ROWS, LANES)
+        weights = tl.load(weights_ptr + tokens * E + row // F, mask=present, other=0.0)
         parts = tl.zeros([PARTS, ROWS, TOKENS], tl.float32)
         for start in tl.range(0, D, PARTS * BLOCK_D, num_stages=STAGES):
             inside = start + columns < D
             tile = tl.load(
-                up_ptr + rows[None, :, None] * D + start + columns[:, None, :], mask=inside[:, None, :], other=0.0
-            )
+                up_ptr + (row + local_rows)[None, :, None] * D + start + columns[:, None, :],
+                mask=inside[:, None, :], other=0.0,
+            )  # fmt: skip
             x = tl.load(
                 x_ptr + tokens[None, None, :] * D + start + columns[:, :, None],
                 mask=inside[:, :, None] & present[None, None, :], other=0.0,
             )  # fmt: skip
             parts = tl.dot(tile, x, parts, input_precision="ieee")
-        preact = tl.sum(parts, axis=0)
-        weights = tl.load(weights_ptr + tokens * E + expert, mask=present, other=0.0).to(tl.float32)[None, :]
-        hidden = tl.where(weights != 0, silu(preact) * weights, 0.0)
         at = hidden_ptr + tokens[None, :] * (E * F) + item * ROWS + local_rows[:, None]
-        tl.store(at, hidden.to(hidden_ptr.dtype.element_ty))
+        _store_hidden(at, tl.sum(parts, axis=0), weights)
+
+
+@triton.jit
+def _wide_blocks(
+    x_ptr, up_ptr, weights_ptr, hidden_ptr, active, num_tokens,
+    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One product a step, by all warps: `x` is read once for many rows."""
+    local_rows = tl.arange(0, ROWS)
+    tokens = tl.arange(0, TOKENS)
+    present = tokens < num_tokens
+    for item in range(tl.program_id(0), num_active(active) * (F // ROWS), tl.num_programs(0)):
+        row = row_of_item(active, item, E, F, ROWS, LANES)
+        weights = tl.load(weights_ptr + tokens * E + row // F, mask=present, other=0.0)
+        preact = tl.zeros([ROWS, TOKENS], tl.float32)
+        for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
+            columns = start + tl.arange(0, BLOCK_D)
+            inside = columns < D
+            tile = tl.load(up_ptr + (row + local_rows)[:, None] * D + columns[None, :], mask=inside[None, :], other=0.0)
+            x = tl.load(
+                x_ptr + tokens[None, :] * D + columns[:, None], mask=inside[:, None] & present[None, :], other=0.0
+            )
+            preact = tl.dot(tile, x, preact, input_precision="ieee")
+        at = hidden_ptr + tokens[None, :] * (E * F) + item * ROWS + local_rows[:, None]
+        _store_hidden(at, preact, weights)
+
+
+@triton.jit
+def _store_hidden(at, preact, weights):
+    weights = weights.to(tl.float32)[None, :]
+    hidden = tl.where(weights != 0, silu(preact) * weights, 0.0)
+    tl.store(at, hidden.to(at.dtype.element_ty))
+
+
+@triton.jit
+def _up_kernel(
+    x_ptr, up_ptr, weights_ptr, hidden_ptr, counter_ptr,
+    num_tokens, wide_union,
+    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    WIDE_ROWS: tl.constexpr, WIDE_BLOCK_D: tl.constexpr, WIDE_STAGES: tl.constexpr,
+    COUNTERS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """hidden[t, rank * F + f] = weight[t] * silu(up[expert, f] . x[t]) over the union; 0 where inactive."""
+    wait_for_previous_kernel(PDL)
+    let_next_kernel_start(PDL)
+    if tl.program_id(0) == 0:
+        tl.store(counter_ptr + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
+    active = active_words(weights_ptr, num_tokens, E, TOKENS, LANES)
+    if WIDE_ROWS > 0 and num_active(active) >= wide_union:
+        _wide_blocks(
+            x_ptr, up_ptr, weights_ptr, hidden_ptr, active, num_tokens,
+            E, D, F, TOKENS, LANES, WIDE_ROWS, WIDE_BLOCK_D, WIDE_STAGES,
+        )  # fmt: skip
+    else:
+        _narrow_blocks(
+            x_ptr, up_ptr, weights_ptr, hidden_ptr, active, num_tokens,
+            E, D, F, TOKENS, LANES, ROWS, PARTS, BLOCK_D, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile_of_down(
+    down_ptr, active, item, end, offsets, inside,
+    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """`[ROWS, columns]` of an item, 0 past the last one."""
+    row = row_of_item(active, item, E, F, ROWS, LANES)
+    wanted = (item * ROWS + tl.arange(0, ROWS) < end * ROWS)[:, None] & inside
+    return tl.load(down_ptr + row * D + offsets, mask=wanted, other=0.0)
 
 
 @triton.jit
 def _down_kernel(
     down_ptr, weights_ptr, hidden_ptr, y_ptr, partial_ptr, counter_ptr,
     num_tokens,
-    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOKENS: tl.constexpr, BLOCK_E: tl.constexpr,
+    E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BY_EXPERT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[t] = sum over union rows of hidden[t, row] * down[row]."""
     let_next_kernel_start(PDL)
     # The up kernel waited for the routing weights before it let this one start: they can be read at once.
-    active, ranks = rank_active(weights_ptr, num_tokens, E, TOKENS, BLOCK_E)
+    active = active_words(weights_ptr, num_tokens, E, TOKENS, LANES)
     steps: tl.constexpr = F // ROWS
     stride: tl.constexpr = 1 if BY_EXPERT else SPLITS
     split = tl.program_id(1)
     if BY_EXPERT:
-        experts = tl.arange(0, BLOCK_E)
-        share: tl.constexpr = (E + SPLITS - 1) // SPLITS
-        item = tl.max(tl.where(experts < split * share, ranks, 0), axis=0) * steps
-        num_rows = tl.max(tl.where(experts < (split + 1) * share, ranks, 0), axis=0) * F
+        share: tl.constexpr = (min(E, LANES) + SPLITS - 1) // SPLITS
+        item = num_active_below(active, split * share, LANES) * steps
+        end = num_active_below(active, (split + 1) * share, LANES) * steps
     else:
         item = split
-        num_rows = tl.max(ranks, axis=0) * F
+        end = num_active(active) * steps
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     tokens = tl.arange(0, TOKENS)
     local_rows = tl.arange(0, ROWS)
     inside = (columns < D)[None, :]
     offsets = local_rows[:, None] * D + columns[None, :]
+    hidden_at = hidden_ptr + tokens[:, None] * (E * F) + local_rows[None, :]
 
-    block = nth_active(active, ranks, item // steps, BLOCK_E) * F + (item % steps) * ROWS
-    wanted = (item * ROWS + local_rows < num_rows)[:, None] & inside
-    tile = tl.load(down_ptr + block * D + offsets, mask=wanted, other=0.0)
+    tile = _tile_of_down(down_ptr, active, item, end, offsets, inside, E, D, F, ROWS, LANES)
     wait_for_previous_kernel(PDL)
     acc = tl.zeros([TOKENS, BLOCK_D], tl.float32)
-    while item * ROWS < num_rows:
-        hidden = tl.load(hidden_ptr + tokens[:, None] * (E * F) + item * ROWS + local_rows[None, :])
+    while item < end:
+        hidden = tl.load(hidden_at + item * ROWS)
         current = tile
         item += stride
-        block = nth_active(active, ranks, item // steps, BLOCK_E) * F + (item % steps) * ROWS
-        wanted = (item * ROWS + local_rows < num_rows)[:, None] & inside
-        tile = tl.load(down_ptr + block * D + offsets, mask=wanted, other=0.0)
+        tile = _tile_of_down(down_ptr, active, item, end, offsets, inside, E, D, F, ROWS, LANES)
         acc = tl.dot(hidden, current, acc, input_precision="ieee")
     at = tokens[:, None] * D + columns[None, :]
     mask = (tokens < num_tokens)[:, None] & inside
@@ -176,20 +245,24 @@ def ffn_over_union(
     T, (E, F, D) = x_TD.shape[0], up_proj_EFD.shape
     assert 1 <= T <= MAX_TOKENS
     config = fit_shared_memory(config or choose_config(T, E), x_TD)
-    tokens, block_e = max(config.min_tokens, triton.next_power_of_2(T)), triton.next_power_of_2(E)
-    up_rows, down_rows = min(F & -F, config.up_rows), min(F & -F, config.down_rows)
+    tokens, processors = max(config.min_tokens, triton.next_power_of_2(T)), num_processors(x_TD.device)
+    up_rows, wide_rows, down_rows = (min(F & -F, n) for n in (config.up_rows, config.wide_rows, config.down_rows))
+    if wide_rows <= up_rows:
+        wide_rows = 0
+    wide_union = math.ceil(config.wide_blocks * processors * wide_rows / F)
     column_tiles = triton.cdiv(D, config.down_cols)
     counters = triton.next_power_of_2(column_tiles)
     hidden = torch.empty(tokens * E * F, dtype=x_TD.dtype, device=x_TD.device)
     partial = torch.empty(config.splits * tokens * D, dtype=torch.float32, device=x_TD.device)
     counter = torch.empty(counters, dtype=torch.int32, device=x_TD.device)
     y_TD = torch.empty_like(x_TD)
-    shape = {"E": E, "D": D, "F": F, "TOKENS": tokens, "BLOCK_E": block_e, "PDL": pdl}
+    shape = {"E": E, "D": D, "F": F, "TOKENS": tokens, "LANES": LANES, "PDL": pdl}
     launch = {"launch_pdl": True} if pdl else {}
-    _up_kernel[(min(config.up_programs * num_processors(x_TD.device), E * F // up_rows),)](
-        x_TD, up_proj_EFD, weights_TE, hidden, counter, T,
+    _up_kernel[(min(config.up_programs * processors, E * F // up_rows),)](
+        x_TD, up_proj_EFD, weights_TE, hidden, counter, T, wide_union,
         **shape, ROWS=up_rows, PARTS=PARTS, BLOCK_D=max(16, min(triton.next_power_of_2(D), config.up_cols) // PARTS),
-        STAGES=config.up_stages, COUNTERS=counters, num_warps=PARTS, **launch,
+        STAGES=config.up_stages, WIDE_ROWS=wide_rows, WIDE_BLOCK_D=config.wide_cols, WIDE_STAGES=config.wide_stages,
+        COUNTERS=counters, num_warps=PARTS, **launch,
     )  # fmt: skip
     _down_kernel[(column_tiles, config.splits)](
         down_proj_EFD, weights_TE, hidden, y_TD, partial, counter, T,
@@ -203,4 +276,4 @@ def fit_shared_memory(config: UnionConfig, x_TD: Tensor) -> UnionConfig:
     """Smaller blocks for float32: `choose_config` fills shared memory and registers with 16-bit values."""
     if x_TD.element_size() <= 2:
         return config
-    return replace(config, up_cols=config.up_cols // 2, down_rows=32, down_cols=32)
+    return replace(config, up_cols=config.up_cols // 2, wide_rows=0, down_rows=32, down_cols=32)
