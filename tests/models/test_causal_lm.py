@@ -226,7 +226,9 @@ def test_decos_scale_starts_at_a_tenth_and_baselines_draw_routers_narrowly() -> 
 
 
 def test_weights_start_with_the_published_spread() -> None:
-    model = BlockFFNForCausalLM(preset_config("mini", num_hidden_layers=1))
+    model = BlockFFNForCausalLM(
+        preset_config("mini", num_hidden_layers=1, kv_b_initializer_range=0.02, router_scale_initializer=0.3)
+    )
     scaled = 0.1 / (512 / 256) ** 0.5
     layer = model.model.layers[0]
     expected = {
@@ -240,4 +242,4 @@ def test_weights_start_with_the_published_spread() -> None:
     }
     for weight, std in expected.items():
         assert weight.std().item() == pytest.approx(std, rel=0.03)
-    assert torch.equal(layer.mlp.router.norm.weight, torch.ones(48))
+    assert torch.equal(layer.mlp.router.norm.weight, torch.full((48,), 0.3))
