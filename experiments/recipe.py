@@ -20,6 +20,10 @@ GENTLE_CHUNKS = (
 )
 ROUTER_RATE = "optimizer.router_learning_rate=0.002"
 START_STEPS = 450
+WHOLE_STEPS = 900
+WHOLE_WARMUP = ("schedule.warmup_steps=60",)
+NO_LOCALITY = "objectives.terms.activation_locality=null"
+NO_CHUNKS = "objectives.terms.chunk_sparsification=null"
 # The published recipe starts with attention far weaker than the FFN, which costs a short run most of its time.
 STARTS = {
     "kv_b-0.1": ["model.kv_b_initializer_range=0.1"],
@@ -33,10 +37,17 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
     """Learning rates of two controls; locality, the router's rate and precision for BlockFFN; where training starts."""
     runs = []
 
-    def add(name: str, label: str, *changes: str, method: str = "blockffn", steps: int = STEPS) -> None:
+    def add(
+        name: str,
+        label: str,
+        *changes: str,
+        method: str = "blockffn",
+        steps: int = STEPS,
+        warmup: tuple[str, ...] = SHORT,
+    ) -> None:
         runs.append(
             Experiment("recipe", f"{size}-{name}", label, method=method, size=size, seed=SEED, steps=steps,
-                       changes=(*SHORT, *changes))
+                       changes=(*warmup, *changes))
         )  # fmt: skip
 
     for rate in (0.005, 0.02):
@@ -57,8 +68,8 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
                 f"model.router_scale_initializer={scale}", steps=START_STEPS)  # fmt: skip
     # From the start that won: what the objectives cost there, and how gently they can be had.
     for label, changes in {
-        "none": ["objectives.terms.activation_locality=null", "objectives.terms.chunk_sparsification=null"],
-        "cs": ["objectives.terms.activation_locality=null"],
+        "none": [NO_LOCALITY, NO_CHUNKS],
+        "cs": [NO_LOCALITY],
         "al-0.0001": [locality_of(1e-4)],
         "al-0.0003": [locality_of(3e-4)],
         "al-steered": [
@@ -91,6 +102,26 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
         add(f"last-scale-{scale}-al-{locality}", f"scale {scale}, locality {locality}", *STARTS["kv_b-0.1"],
             f"model.router_scale_initializer={scale}", "optimizer.router_learning_rate=0.001", locality_of(locality),
             steps=START_STEPS)  # fmt: skip
+    # What the second half of a run needs that the baselines have: the whole length of the quality suite.
+    late = [
+        "objectives.terms.activation_locality={kind: constant, value: 1e-3, warmup_steps: 600}",
+        "objectives.terms.chunk_sparsification={kind: set_point, initial: 0.02, target: 80.5, observes: tls, "
+        "interval: 10, response_steps: 60, warmup_steps: 500}",
+    ]
+    relu = ["model.router_type=relu", "model.router_initializer_range=0.01"]
+    whole = {"steps": WHOLE_STEPS, "warmup": WHOLE_WARMUP}
+    add("gap-standard", "standard", **whole)
+    add("gap-remoe", "ReMoE", method="remoe", **whole)
+    add("gap-deepseek", "DeepSeek", method="deepseek", **whole)
+    for label, changes in {
+        "none": [NO_LOCALITY, NO_CHUNKS],
+        "relu": relu,
+        "relu-late": [*relu, *late],
+        "late": late,
+        "scaled": ["model.router_type=relu_scaled"],
+        "shared": ["model.num_shared_experts=2"],
+    }.items():
+        add(f"gap-{label}", label, *changes, **whole)
     return runs
 
 
