@@ -122,6 +122,19 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
         "shared": ["model.num_shared_experts=2"],
     }.items():
         add(f"gap-{label}", label, *changes, **whole)
+    small = "model.router_initializer_range=0.01"
+    steer = (
+        "objectives.terms.activation_locality={kind: set_point, initial: 3e-4, target: 72.5, observes: cls8, "
+        "interval: 10, response_steps: 60, warmup_steps: 100}"
+    )
+    for label, changes in {
+        "standard": [],
+        "relu": relu,
+        "relu-shared": [*relu, "model.num_shared_experts=2"],
+        "eps-1": [small, "model.router_norm_eps=1.0", "model.router_scale_initializer=1.0"],
+        "eps-0.1": [small, "model.router_norm_eps=0.1"],
+    }.items():
+        add(f"steered-{label}", f"locality steered, {label}", *changes, steer, **whole)
     return runs
 
 

@@ -33,6 +33,8 @@ class BlockFFNConfig(PreTrainedConfig):
             autocast) or `float32`. Everything after the product is float32 either way.
         router_initializer_range: standard deviation of the router's projection; `None`: as the other matrices.
         router_scale_initializer: start of the learned factors of `relu_rmsnorm` (its norm's scale) and `relu_scaled`.
+        router_norm_eps: epsilon of the norm of `relu_rmsnorm`; `None`: `rms_norm_eps`, as published. One as large as the
+            mean square of the activations lets a token that excites its experts little also take little from them.
         router_jitter_noise: `sparsemixer` samples among logits within twice this of the largest, relative to their
             size.
         routing_threshold: experts whose routing weight is at most this in magnitude are skipped; 0 keeps all. A
@@ -68,6 +70,7 @@ class BlockFFNConfig(PreTrainedConfig):
     router_dtype: str = "model"
     router_initializer_range: float | None = None
     router_scale_initializer: float = 1.0
+    router_norm_eps: float | None = None
     router_jitter_noise: float = 0.1
     routing_threshold: float = 0.0
     num_experts: int = 48
@@ -161,6 +164,8 @@ class BlockFFNConfig(PreTrainedConfig):
         scale = self.router_scale_initializer
         if not 0 < scale < float("inf"):
             raise ValueError(f"router_scale_initializer must be finite and positive, got {scale}")
+        if self.router_norm_eps is not None and not 0 < self.router_norm_eps < float("inf"):
+            raise ValueError(f"router_norm_eps must be finite and positive, or null; got {self.router_norm_eps}")
         if not 0 <= self.router_jitter_noise < float("inf"):
             raise ValueError(f"router_jitter_noise must be finite and at least 0, got {self.router_jitter_noise}")
         if self.expert_gated and self.expert_activation != "silu":

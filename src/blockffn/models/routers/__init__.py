@@ -21,7 +21,8 @@ def make_router(config: BlockFFNConfig) -> nn.Module:
     match config.router_type:
         case "relu_rmsnorm":
             scale = config.router_scale_initializer
-            return ReLURMSNormRouter(*sizes, eps=config.rms_norm_eps, initial_scale=scale, **projection)
+            eps = config.rms_norm_eps if config.router_norm_eps is None else config.router_norm_eps
+            return ReLURMSNormRouter(*sizes, eps=eps, initial_scale=scale, **projection)
         case "relu":
             return ReLURouter(*sizes, **projection)
         case "relu_scaled":
