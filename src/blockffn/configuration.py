@@ -33,8 +33,8 @@ class BlockFFNConfig(PreTrainedConfig):
             autocast) or `float32`. Everything after the product is float32 either way.
         router_initializer_range: standard deviation of the router's projection; `None`: as the other matrices.
         router_scale_initializer: start of the learned factors of `relu_rmsnorm` (its norm's scale) and `relu_scaled`.
-        router_norm_eps: epsilon of the norm of `relu_rmsnorm`; `None`: `rms_norm_eps`, as published. One as large as the
-            mean square of the activations lets a token that excites its experts little also take little from them.
+        router_norm_eps: epsilon of the norm of `relu_rmsnorm`; `None`: `rms_norm_eps`, as published. One as large as
+            the mean square of the activations lets a token that excites its experts little also take little from them.
         router_jitter_noise: `sparsemixer` samples among logits within twice this of the largest, relative to their
             size.
         routing_threshold: experts whose routing weight is at most this in magnitude are skipped; 0 keeps all. A
