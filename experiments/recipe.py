@@ -18,6 +18,10 @@ GENTLE_CHUNKS = (
     "objectives.terms.chunk_sparsification={kind: set_point, initial: 0.03, target: 80.5, observes: tls, interval: 10, "
     "response_steps: 60, warmup_steps: 50}"
 )
+SOFT_LOCALITY = (
+    "objectives.terms.activation_locality={kind: set_point, initial: 1e-4, target: 72.5, observes: cls8, interval: 10, "
+    "response_steps: 60, warmup_steps: 100}"
+)
 ROUTER_RATE = "optimizer.router_learning_rate=0.002"
 START_STEPS = 450
 WHOLE_STEPS = 900
@@ -135,6 +139,15 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
         "eps-0.1": [small, "model.router_norm_eps=0.1"],
     }.items():
         add(f"steered-{label}", f"locality steered, {label}", *changes, steer, **whole)
+        if label in ("relu", "eps-1"):
+            add(
+                f"soft-{label}",
+                f"both objectives start small, {label}",
+                *changes,
+                SOFT_LOCALITY,
+                GENTLE_CHUNKS,
+                **whole,
+            )
     return runs
 
 
