@@ -191,3 +191,47 @@ def test_every_method_survives_packing(tmp_path: Path, method: str) -> None:
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     kept = [m for m in again.modules() if isinstance(m, RoutedExperts)]
     assert bool(kept) == (model.config.expert_activation == "norm_silu")  # which no kernel computes packed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("shape", [(61, 32), (64, 96), (7, 200)])
+def test_unpacking_on_the_gpu_gives_the_values_of_the_cpu(format: str, shape: tuple[int, int]) -> None:
+    layout = MatrixLayout.choose(format, *shape)
+    packed = pack_matrix(torch.randn(shape), layout)
+    rows = torch.randint(shape[0], (2, 5))
+    assert torch.equal(unpack_matrix(packed.cuda(), layout).cpu(), unpack_matrix(packed, layout))
+    assert torch.equal(unpack_rows(packed.cuda(), layout, rows.cuda()).cpu(), unpack_rows(packed, layout, rows))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["gqa", "mla"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_quantised_folder_is_unpacked_on_the_gpu(tmp_path: Path, attention: str, tied: bool, format: str) -> None:
+    quantised(saved(tmp_path / "plain", attention, tie_word_embeddings=tied), format).save_pretrained(tmp_path / "q")
+    expected = blockffn.load(tmp_path / "q").dequantize()
+    _assert_is_plain_and_equal(blockffn.load(tmp_path / "q", device="cuda"), expected)
+    pytest.importorskip("accelerate", reason="device_map needs accelerate")
+    with pytest.warns(UserWarning, match="no kernels for packed weights on cuda"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cuda")
+    assert model.device.type == "cuda"
+    _assert_is_plain_and_equal(model, expected)
+
+
+def _assert_is_plain_and_equal(model: BlockFFNForCausalLM, expected: BlockFFNForCausalLM) -> None:
+    assert not any(isinstance(module, PackedModule) for module in model.modules())
+    found, wanted = dict(model.named_parameters()), dict(expected.named_parameters())
+    assert sorted(found) == sorted(wanted)
+    for name, parameter in found.items():
+        assert parameter.device == model.device, name
+        assert torch.equal(parameter.cpu(), wanted[name]), name
+    with torch.no_grad():
+        logits = model(IDS.to(model.device)).logits.cpu()
+        torch.testing.assert_close(logits, expected(IDS).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_hugging_faces_loader_unpacks_to_what_ours_does(tmp_path: Path) -> None:
+    quantised(saved(tmp_path / "plain"), "int4").save_pretrained(tmp_path / "q")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q").dequantize()
+    _assert_is_plain_and_equal(model, blockffn.load(tmp_path / "q").dequantize())

@@ -10,13 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from transformers import PreTrainedTokenizerBase
 
+from blockffn.checkpoints.convert import convert
 from blockffn.data.tokenizer import train_tokenizer
-from blockffn.evaluation.lm_eval import arguments
+from blockffn.evaluation.lm_eval import arguments, main
 from blockffn.evaluation.run import load_any
 from blockffn.evaluation.tasks import FOLDER, records
 from blockffn.evaluation.zero_shot import zero_shot
+from tests.checkpoints import published, straight_line
 from tests.models.conftest import tiny_model
 
 WORDS = [
@@ -80,6 +84,41 @@ def test_our_scores_are_those_of_the_harness(folder: Path) -> None:
     assert ours["lambada"]["accuracy"] / 100 == pytest.approx(theirs["blockffn_lambada"]["acc,none"])
     assert ours["lambada"]["perplexity"] == pytest.approx(theirs["blockffn_lambada"]["perplexity,none"], rel=1e-4)
     assert theirs["blockffn_books"]["bits_per_byte,none"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small", "3b-sft"])
+def test_the_harness_scores_an_imported_model_as_its_published_tensors_say(
+    tmp_path: Path, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'blockffn[eval]'")
+    weights, config = published.weights(name), published.config(name)
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 20, vocab_size=300)
+    tokenizer.save_pretrained(published.write_bin(tmp_path / "published", weights, config))
+    convert(tmp_path / "published", tmp_path / "imported")
+
+    monkeypatch.setenv("BLOCKFFN_EVAL_DATA", str(folder))
+    monkeypatch.setattr(sys, "argv", [
+        "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'imported'},dtype=float32", "--device",
+        "cpu", "--batch_size", "16", "--tasks", "blockffn_blimp", "--output_path", str(tmp_path / "out"),
+    ])  # fmt: skip
+    main()
+    found = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["results"]["blockffn_blimp"]
+
+    def likelihood(text: str) -> float:
+        ids = _behind_the_first_token(tokenizer, " " + text)
+        predictions = straight_line.logits(weights, config, ids).log_softmax(-1)
+        return float(predictions[:-1].gather(-1, ids[1:, None]).sum())
+
+    pairs = [json.loads(line) for line in (folder / "blimp.jsonl").read_text().splitlines()]
+    better = [likelihood(pair["sentence_good"]) > likelihood(pair["sentence_bad"]) for pair in pairs]
+    assert 0 < sum(better) < len(better)
+    assert found["acc,none"] == pytest.approx(sum(better) / len(better))
+
+
+def _behind_the_first_token(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return torch.tensor([first, *tokenizer.encode(text, add_special_tokens=False)])
 
 
 def test_our_tasks_folder_is_added_unless_another_is_named() -> None:

@@ -44,6 +44,13 @@ def test_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert "--start-from" not in by_name["train"]
 
 
+def test_without_a_share_of_its_own_text_none_is_written(tmp_path: Path) -> None:
+    found = {stage.name: stage.command for stage in stages(recovery(tmp_path, own_share=0.0))}
+    assert not {"write", "own text"} & set(found)
+    assert f"{tmp_path / 'work' / 'text'}=1" in found["train"]
+    assert not any(str(tmp_path / "work" / "own") in word for word in found["train"])
+
+
 @pytest.mark.slow
 def test_a_tiny_model_goes_all_the_way(tmp_path: Path) -> None:
     draw = random.Random(0)

@@ -33,8 +33,8 @@ class Recovery:
         text: sources for `blockffn prepare`; valid: sources that are held out.
         experts, num_experts, start_sparsity: as `blockffn convert --from-dense` takes them.
         sparsity: token-level sparsity that training steers to, in percent.
-        documents, new_tokens: how much text the dense model writes.
-        own_share: share of that text in training.
+        documents, new_tokens, write_batch_size: how much text the dense model writes, and how many documents at once.
+        own_share: share of that text in training; with 0 none is written.
         steps, batch_size, micro_batch_size, sequence_length: of training.
         changes: further settings, `KEY=VALUE`.
     """
@@ -49,7 +49,8 @@ class Recovery:
     start_sparsity: float = 40.0
     sparsity: float = 70.0
     documents: int = 4096
-    new_tokens: int = 496
+    new_tokens: int = 240
+    write_batch_size: int = 2048
     own_share: float = 0.3
     steps: int = 2400
     batch_size: int = 16
@@ -71,13 +72,15 @@ def stages(recovery: Recovery) -> list[Stage]:
         _stage(r, "text", books, "prepare", *r.text, *_repeated("--valid", r.valid), "--tokenizer", dense,
                "--out", books, device=False),
         _stage(r, "write", work / "own.jsonl", "write", dense, "--data", books, "--documents", r.documents,
-               "--max-new-tokens", r.new_tokens, "--batch-size", 256, "--out", work / "own.jsonl"),
+               "--max-new-tokens", r.new_tokens, "--batch-size", r.write_batch_size, "--out", work / "own.jsonl"),
         _stage(r, "own text", own, "prepare", work / "own.jsonl", "--tokenizer", dense, "--out", own, device=False),
         _stage(r, "convert", sparse / "config.json", "convert", dense, "--from-dense", "--experts", r.experts,
                "--num-experts", r.num_experts, "--sparsity", r.start_sparsity, "--data", books, "--out", sparse,
                "--json", work / "receipt.json"),
         _training(r, sparse, dense, run, {books: 1 - r.own_share, own: r.own_share}),
     ]  # fmt: skip
+    if not r.own_share:
+        found = [stage for stage in found if stage.name not in ("write", "own text")]
     for name, path in (("dense", dense), ("recovered", run)):
         against = ("--against", dense) if name == "recovered" else ()
         out = work / f"{name}-evaluation.json"
@@ -196,8 +199,8 @@ def _parse(description: str, arguments: Sequence[str] | None) -> argparse.Namesp
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="then stop with a checkpoint")
     parser.add_argument("--list", action="store_true", help="say what is left to do, and stop")
     defaults = Recovery.__dataclass_fields__
-    for name in ("experts", "num_experts", "start_sparsity", "sparsity", "documents", "new_tokens", "own_share",
-                 "steps", "batch_size", "micro_batch_size", "sequence_length"):  # fmt: skip
+    for name in ("experts", "num_experts", "start_sparsity", "sparsity", "documents", "new_tokens", "write_batch_size",
+                 "own_share", "steps", "batch_size", "micro_batch_size", "sequence_length"):  # fmt: skip
         default = defaults[name].default
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}"
