@@ -206,7 +206,8 @@ class Launcher:
         given = self.arguments
         job = {
             "size": given.size, "device": given.device, "data": str(given.data.resolve()),
-            "changes": parse_changes(given.settings), "rows": self.rows, "run": str(run), "parallel": parallel, "steps": steps, "stop_after": stop_after,
+            "changes": parse_changes(given.settings), "rows": self.rows,
+            "run": str(run), "parallel": parallel, "steps": steps, "stop_after": stop_after,
             "resume": checkpoint is not None, "result": str(self.result_path(name)),
         }  # fmt: skip
         path = self.work / f"{name}.job.json"
