@@ -90,7 +90,10 @@ def test_inspecting_a_packed_folder_counts_the_weights_that_it_stands_for(tmp_pa
 
 def test_inspecting_a_draft_says_so(tmp_path: Path) -> None:
     published.write_bin(tmp_path, published.draft_weights(), published.DRAFT)
-    assert inspect(tmp_path, tls_percent=80.0)["kind"] == "draft"
+    found = inspect(tmp_path, tls_percent=80.0)
+    assert found["kind"] == "draft"
+    assert any("embed_tokens.weight is stored, but not read" in oddity for oddity in found["oddities"])
+    assert any("programs, which are never run" in oddity for oddity in found["oddities"])
 
 
 @pytest.mark.slow

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from blockffn.cli import main
 from blockffn.data.tokenizer import train_tokenizer
@@ -86,3 +88,32 @@ def test_a_mistake_is_named(options: list[str], message: str, blockffn, folder: 
     assert code == 2
     assert message in notes
     assert "Traceback" not in notes
+
+
+@pytest.mark.parametrize(("device", "message"), [
+    ("gpu", "unknown device 'gpu'; choose cpu, cuda or cuda:N"),
+    ("cuda:99", "device 'cuda:99' is not there: PyTorch sees"),
+])  # fmt: skip
+def test_a_device_that_is_not_there_is_named(device: str, message: str, blockffn, folder: Path) -> None:
+    code, _, errors = blockffn("generate", str(folder), "-p", "one", "--device", device)
+    assert code == 2
+    assert errors.startswith(f"error: {message}")
+
+
+def test_a_weight_that_is_nan_is_named_before_anything_is_written(blockffn, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    file, name = tmp_path / "model" / "model.safetensors", "model.layers.1.mlp.router.proj.weight"
+    tensors = load_file(file)
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, file)
+    code, text, errors = blockffn("generate", str(tmp_path / "model"), *PROMPT)
+    assert (code, text) == (2, "")
+    assert f"model.safetensors: tensor '{name}' holds NaN" in errors
+
+
+def test_what_was_probably_meant_is_named(blockffn, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "run" / "model")
+    _, _, errors = blockffn("inspect", str(tmp_path))
+    assert f"do you mean {tmp_path / 'run'}?" in errors
+    _, _, errors = blockffn("generate", "Somebody/Model-3B")
+    assert "download it first: hf download Somebody/Model-3B --local-dir Model-3B" in errors

@@ -23,7 +23,7 @@ from blockffn.errors import UserFacingError
 from blockffn.ops.native import empty_huge
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")  # in the order of preference
-MAX_HEADER_BYTES = 64 << 20
+MAX_HEADER_BYTES = 16 << 20  # of safetensors, pickles and JSON: 100,000 tensors
 _COPY_AGAIN = "download or copy the file again"
 
 DTYPES = {
@@ -118,7 +118,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a small JSON file.
 
     Raises:
-        CheckpointError: it is missing, larger than 64 MiB, or no JSON object.
+        CheckpointError: it is missing, larger than 16 MiB, or no JSON object.
     """
     try:
         if file.stat().st_size > MAX_HEADER_BYTES:
@@ -256,7 +256,8 @@ def _open_torch(file: Path) -> dict[str, StoredTensor]:
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{file} holds no dictionary of tensors; it is not a model's weights")
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+        dense = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        if not isinstance(name, str) or not dense or value.is_quantized:
             raise CheckpointError(f"{file} holds {name!r}, which is not a dense tensor; it is not a model's weights")
     tensors = {
         name: StoredTensor(name, value.dtype, tuple(value.shape), file, value.detach)

@@ -64,10 +64,13 @@ def _draft(path: Path, tensors: dict[str, StoredTensor]) -> dict[str, Any]:
              "num_key_value_heads", "head_dim", "vocab_size", "draft_vocab_size")  # fmt: skip
     own = [tensor for name, tensor in tensors.items() if name not in IGNORED]
     card = path / CARD
+    unread = [name for name in tensors if name in IGNORED]
+    oddities = [f"{name} is stored, but not read" for name in unread] + _programs(path)
     return {
         "architecture": {name: settings.get(name) for name in names},
         "parameters": sum(math.prod(tensor.shape) for tensor in own),
         "card": read_json(card) if card.is_file() else None,
+        "oddities": oddities,
     }
 
 
@@ -97,11 +100,13 @@ def _storage(tensors: dict[str, StoredTensor]) -> dict[str, Any]:
     }
 
 
+def _programs(path: Path) -> list[str]:
+    names = [file.name for file in sorted(path.glob("*.py"))]
+    return [f"{', '.join(names)}: programs, which are never run"] if names else []
+
+
 def _file_oddities(folder: Folder) -> list[str]:
-    programs = [file.name for file in sorted(folder.path.glob("*.py"))]
-    found = []
-    if programs:
-        found.append(f"{', '.join(programs)}: programs, which are never run")
+    found = _programs(folder.path)
     used = {tensor.file.name for tensor in folder.tensors.values()}
     weights = [file.name for suffix in WEIGHT_SUFFIXES for file in sorted(folder.path.glob(f"*{suffix}"))]
     spare = [name for name in weights if name not in used]

@@ -85,7 +85,7 @@ def _steps(result: Consultation) -> Table:
         table.add_row(
             f"{target.backend}, {target.precision}",
             *(f"{target.milliseconds[n]:.1f}" if n in target.milliseconds else "" for n in counts),
-            f"{target.bytes_per_token / 1e6:.0f}",
+            f"{target.bytes_per_token / 1e6:.{0 if target.bytes_per_token >= 1e7 else 2}f}",
             f"{share:.0f}",
         )
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,24 @@ def write_json(path: Path | None, values: Any) -> None:
     """Write `values`, if a path was given."""
     if path is not None:
         path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def print_lines(console: Console, lines: Sequence[tuple[str, str]], *, style: str | None = None) -> None:
+    """Print headings and texts in two columns: wrapped within the second on a terminal, one line each in a file."""
+    from rich.table import Table
+    from rich.text import Text
+
+    width = max(12, *(len(heading) for heading, _ in lines))
+    if not console.is_terminal:
+        for heading, text in lines:
+            console.print(Text(f"{heading:>{width}}  {text}"), style=style, soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(justify="right", width=width, style="bold")
+    table.add_column(overflow="fold")
+    for heading, text in lines:
+        table.add_row(heading, Text(text))
+    console.print(table, style=style)
 
 
 def wide_console() -> Console:

@@ -37,6 +37,7 @@ from blockffn.inference.backends import make_target
 from blockffn.inference.drafts import find_draft
 from blockffn.inference.speculative.growth import Budget
 from blockffn.models.causal_lm import BlockFFNForCausalLM
+from blockffn.ops.device import choose_device
 
 PRECISIONS = ("auto", "int8", "int4")
 MOST = {"cpu": Budget(nodes=16, depth=5), "cuda": Budget(nodes=31, depth=5)}
@@ -128,7 +129,7 @@ def consult(
     Raises:
         ValueError: the model or the draft cannot be used.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     model = load(path, device=device)
     encoded = encode_prompts(load_tokenizer(model_folder(path)), prompts, max_tokens=MAX_PROMPT_TOKENS)
     capacity = min(MAX_PROMPT_TOKENS + max_new_tokens + 64, model.config.max_position_embeddings)
