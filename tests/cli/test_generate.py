@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import sys
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from blockffn.cli import main
 from blockffn.data.tokenizer import train_tokenizer
+from tests.checkpoints import published
 from tests.models.conftest import tiny_model
 
 PROMPT = ["-p", "one two three one two", "-n", "24", "--temperature", "0", "--device", "cpu"]
@@ -117,3 +119,21 @@ def test_what_was_probably_meant_is_named(blockffn, folder: Path, tmp_path: Path
     assert f"do you mean {tmp_path / 'run'}?" in errors
     _, _, errors = blockffn("generate", "Somebody/Model-3B")
     assert "download it first: hf download Somebody/Model-3B --local-dir Model-3B" in errors
+
+
+@pytest.mark.parametrize("frequent", [None, 64])
+def test_the_published_model_and_its_draft_are_used_as_downloaded(
+    frequent: int | None, blockffn, folder: Path, tmp_path: Path
+) -> None:
+    target = published.write_bin(tmp_path / "3b", published.weights("3b-sft"), published.config("3b-sft"), shards=2)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(folder / name, target / name)
+    draft = published.write_bin(tmp_path / "eagle", published.draft_weights(), published.DRAFT)
+    if frequent is not None:
+        (draft / f"freq_{frequent}.pkl").write_bytes(pickle.dumps(list(range(frequent))))
+    options = [f"--speculative={draft}", "--tree", "7", "--check-lossless"]
+    code, _, notes = blockffn("generate", str(target), *PROMPT, *options)
+    assert code == 0
+    assert "lossless: plain decoding gives the same 24 tokens" in notes
+    _, text, _ = blockffn("inspect", str(draft))
+    assert ("proposes  all tokens" if frequent is None else "proposes  the 64 most frequent tokens") in text

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from blockffn.checkpoints.draft import CARD, IGNORED, is_draft
+from blockffn.checkpoints.draft import CARD, IGNORED, frequency_file_size, is_draft
 from blockffn.checkpoints.files import WEIGHT_SUFFIXES, StoredTensor, open_tensors, read_json
 from blockffn.checkpoints.load import check_folder, model_folder
 from blockffn.checkpoints.recognise import Folder, recognise
@@ -65,9 +65,10 @@ def _draft(path: Path, tensors: dict[str, StoredTensor]) -> dict[str, Any]:
     own = [tensor for name, tensor in tensors.items() if name not in IGNORED]
     card = path / CARD
     unread = [name for name in tensors if name in IGNORED]
+    proposes = settings.get("draft_vocab_size") or frequency_file_size(path)
     oddities = [f"{name} is stored, but not read" for name in unread] + _programs(path)
     return {
-        "architecture": {name: settings.get(name) for name in names},
+        "architecture": {name: settings.get(name) for name in names} | {"draft_vocab_size": proposes},
         "parameters": sum(math.prod(tensor.shape) for tensor in own),
         "card": read_json(card) if card.is_file() else None,
         "oddities": oddities,
