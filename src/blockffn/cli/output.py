@@ -49,10 +49,10 @@ def print_lines(
     console.print(table, style=style or "")
 
 
-def wide_console() -> Console:
+def wide_console(width: int = WIDE) -> Console:
     """For tables that a narrow terminal, or a file, would cut: their lines may be longer than it is wide."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.width = max(console.width, WIDE)
+    console.width = max(console.width, width)
     return console

@@ -33,7 +33,7 @@ from blockffn.evaluation.decoding.modes import ORACLE, Subject
 from blockffn.evaluation.decoding.prompts import EncodedPrompt, Prompt, encode_prompts
 from blockffn.evaluation.decoding.rounds import time_ways
 from blockffn.evaluation.decoding.ways import Decoder
-from blockffn.evaluation.machine import describe_machine
+from blockffn.evaluation.machine import busy, describe_machine
 from blockffn.inference.backends import make_target
 from blockffn.inference.drafts import find_draft
 from blockffn.inference.speculative.growth import Budget
@@ -137,6 +137,7 @@ def consult(
     bandwidth = read_bandwidth(model.device)
     say(f"{describe_machine(model.device)}: memory gives {bandwidth / 1e9:.1f} GB/s")
     targets, notes = _targets(model, backend, capacity)
+    notes += busy(model.device)
     first = next(iter(targets.values()))
     most = MOST[model.device.type]
     beside = find_draft(path)
