@@ -15,8 +15,9 @@ FOLDER = Path(__file__).parent.parent / "models" / "mini-books"
 MEGABYTE = 1_000_000
 PASSAGE = (
     "It was late in the evening when the old man came home. The rain had not ceased all day, and the road was so heavy "
-    "that his horse could hardly drag the cart. His daughter stood at the door with a candle in her hand. “You are wet, "
-    "father,” she said; “come in, and sit down by the fire.” He did not answer her, but he took off his coat and sat down."
+    "that his horse could hardly drag the cart. His daughter stood at the door with a candle in her hand. “You are "
+    "wet, father,” she said; “come in, and sit down by the fire.” He did not answer her, but he took off his coat and "
+    "sat down."
 )
 
 

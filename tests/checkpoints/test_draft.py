@@ -43,9 +43,9 @@ def test_the_draft_equals_its_parts_written_out(folders: tuple[Path, Path]) -> N
 def test_a_frequency_file_restricts_and_maps_the_proposals(folders: tuple[Path, Path]) -> None:
     target = blockffn.load(folders[0])
     (folders[1] / "freq_5.pkl").write_bytes(pickle.dumps([50, 3, 17, 4, 9]))
-    draft = load_draft(folders[1], target.config, vocabulary=5)
+    draft = load_draft(folders[1], target.config)
     x = torch.randn(1, 2, 64)
-    full = load_draft(folders[1], target.config)
+    full = load_draft(folders[1], target.config, vocabulary=published.VOCAB)
     logits = draft.logits(x, target.lm_head.weight)
     torch.testing.assert_close(logits, full.logits(x, target.lm_head.weight)[..., [50, 3, 17, 4, 9]])
     assert draft.proposed_ids(torch.tensor([0, 2])).tolist() == [50, 17]
@@ -63,7 +63,7 @@ def test_a_draft_is_written_and_read_again(folders: tuple[Path, Path], tmp_path:
     files = sorted(file.name for file in (tmp_path / "first").iterdir())
     assert files == ["config.json", "freq_5.pkl" if as_published else "freq_5.pt", "model.safetensors"]
     assert all((tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes() for name in files)
-    again = load_draft(tmp_path / "first", target.config, vocabulary=5 if as_published else None)
+    again = load_draft(tmp_path / "first", target.config)
     assert again.token_ids is not None
     assert again.token_ids.tolist() == [50, 3, 17, 4, 9]
     x = torch.randn(2, 1, 7, 64)
@@ -72,6 +72,7 @@ def test_a_draft_is_written_and_read_again(folders: tuple[Path, Path], tmp_path:
 
 def test_without_a_frequency_file_all_tokens_are_proposed(folders: tuple[Path, Path]) -> None:
     target = blockffn.load(folders[0])
+    assert load_draft(folders[1], target.config).token_ids is None
     assert load_draft(folders[1], target.config, vocabulary=published.VOCAB).token_ids is None
     with pytest.raises(CheckpointError, match=r"freq_16\.pt is missing"):
         load_draft(folders[1], target.config, vocabulary=16)

@@ -327,3 +327,17 @@ def fuzz_folder(factory: pytest.TempPathFactory, kind: str) -> Path:
         file = {"bin": "pytorch_model.bin", "safe": "model.safetensors", "config": "config.json"}[kind]
         (folder / "original").write_bytes((folder / file).read_bytes())
     return folder
+
+
+def test_a_tensor_without_values_is_refused(theirs: Path) -> None:
+    torch.save({"x": torch.empty(4, device="meta")}, theirs / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin holds 'x', which is not a dense tensor"):
+        open_tensors(theirs)
+
+
+def test_a_pickle_of_nothing_but_instructions_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"}" * (17 << 20) + b".")
+    with pytest.raises(CheckpointError, match=r"a directory of 17,825,795 bytes"):
+        open_file(file)

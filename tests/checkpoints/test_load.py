@@ -57,7 +57,16 @@ def test_reading_and_mapping_a_tensor_agree(tmp_path: Path) -> None:
     published.write_bin(tmp_path / "bin", published.weights("small"), published.config("small"))
     for folder in (tmp_path / "safe", tmp_path / "bin"):
         for tensor in open_tensors(folder).values():
+            assert tensor.offset is not None  # so that reading does not map a second copy
             assert torch.equal(tensor.read(), tensor.map())
+
+
+def test_views_and_shared_values_of_a_torch_file_are_read_right(tmp_path: Path) -> None:
+    whole = torch.arange(24.0).view(4, 6)
+    content = {"b": torch.ones(3), "turned": whole.T, "row": whole[2], "whole": whole, "empty": torch.ones(0)}
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    found = open_tensors(tmp_path)
+    assert all(torch.equal(found[name].read(), value) for name, value in content.items())
 
 
 def test_a_wrong_dtype_is_refused(tmp_path: Path) -> None:
@@ -90,7 +99,10 @@ def test_inspecting_a_packed_folder_counts_the_weights_that_it_stands_for(tmp_pa
 
 def test_inspecting_a_draft_says_so(tmp_path: Path) -> None:
     published.write_bin(tmp_path, published.draft_weights(), published.DRAFT)
-    assert inspect(tmp_path, tls_percent=80.0)["kind"] == "draft"
+    found = inspect(tmp_path, tls_percent=80.0)
+    assert found["kind"] == "draft"
+    assert any("embed_tokens.weight is stored, but not read" in oddity for oddity in found["oddities"])
+    assert any("programs, which are never run" in oddity for oddity in found["oddities"])
 
 
 @pytest.mark.slow

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from blockffn.cli import main
 from blockffn.data.tokenizer import train_tokenizer
+from tests.checkpoints import published
 from tests.models.conftest import tiny_model
 
 PROMPT = ["-p", "one two three one two", "-n", "24", "--temperature", "0", "--device", "cpu"]
@@ -86,3 +90,50 @@ def test_a_mistake_is_named(options: list[str], message: str, blockffn, folder: 
     assert code == 2
     assert message in notes
     assert "Traceback" not in notes
+
+
+@pytest.mark.parametrize(("device", "message"), [
+    ("gpu", "unknown device 'gpu'; choose cpu, cuda or cuda:N"),
+    ("cuda:99", "device 'cuda:99' is not there: PyTorch sees"),
+])  # fmt: skip
+def test_a_device_that_is_not_there_is_named(device: str, message: str, blockffn, folder: Path) -> None:
+    code, _, errors = blockffn("generate", str(folder), "-p", "one", "--device", device)
+    assert code == 2
+    assert errors.startswith(f"error: {message}")
+
+
+def test_a_weight_that_is_nan_is_named_before_anything_is_written(blockffn, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    file, name = tmp_path / "model" / "model.safetensors", "model.layers.1.mlp.router.proj.weight"
+    tensors = load_file(file)
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, file)
+    code, text, errors = blockffn("generate", str(tmp_path / "model"), *PROMPT)
+    assert (code, text) == (2, "")
+    assert f"model.safetensors: tensor '{name}' holds NaN" in errors
+
+
+def test_what_was_probably_meant_is_named(blockffn, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "run" / "model")
+    _, _, errors = blockffn("inspect", str(tmp_path))
+    assert f"do you mean {tmp_path / 'run'}?" in errors
+    _, _, errors = blockffn("generate", "Somebody/Model-3B")
+    assert "download it first: hf download Somebody/Model-3B --local-dir Model-3B" in errors
+
+
+@pytest.mark.parametrize("frequent", [None, 64])
+def test_the_published_model_and_its_draft_are_used_as_downloaded(
+    frequent: int | None, blockffn, folder: Path, tmp_path: Path
+) -> None:
+    target = published.write_bin(tmp_path / "3b", published.weights("3b-sft"), published.config("3b-sft"), shards=2)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(folder / name, target / name)
+    draft = published.write_bin(tmp_path / "eagle", published.draft_weights(), published.DRAFT)
+    if frequent is not None:
+        (draft / f"freq_{frequent}.pkl").write_bytes(pickle.dumps(list(range(frequent))))
+    options = [f"--speculative={draft}", "--tree", "7", "--check-lossless"]
+    code, _, notes = blockffn("generate", str(target), *PROMPT, *options)
+    assert code == 0
+    assert "lossless: plain decoding gives the same 24 tokens" in notes
+    _, text, _ = blockffn("inspect", str(draft))
+    assert ("proposes  all tokens" if frequent is None else "proposes  the 64 most frequent tokens") in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def load_draft(
         target: configuration of the model that it drafts for: width, norm epsilon, rotary frequencies, vocabulary.
         dtype: default: as stored.
         vocabulary: propose only so many of the most frequent tokens, listed in the folder's `freq_{vocabulary}.pt` or
-            `.pkl`; default: as config.json says in `draft_vocab_size`, else all tokens.
+            `.pkl`; default: as config.json says in `draft_vocab_size`, else as the file there lists, else all.
 
     Raises:
         CheckpointError: there is no draft, a file is damaged, or it belongs to another target.
@@ -149,10 +150,16 @@ def _read_config(path: Path, settings: dict[str, Any], target: BlockFFNConfig) -
         raise CheckpointError(f"{path / 'config.json'} does not describe a draft: {error}") from error
 
 
+def frequency_file_size(path: Path) -> int | None:
+    """Tokens in the largest frequency file of a published draft; `None` where there is none."""
+    names = (re.fullmatch(r"freq_(\d{1,9})\.(?:pt|pkl)", file.name) for file in path.glob("freq_*"))
+    return max((int(match[1]) for match in names if match), default=None)
+
+
 def _own_vocabulary(path: Path, settings: dict[str, Any], target: BlockFFNConfig) -> int | None:
     """How many tokens a draft of ours was trained to propose; `None`: all."""
     if settings.get("model_type") != MODEL_TYPE:
-        return None
+        return frequency_file_size(path)
     if settings.get("vocab_size") != target.vocab_size:
         raise CheckpointError(
             f"{path / 'config.json'} says vocab_size {settings.get('vocab_size')!r}, the target has "

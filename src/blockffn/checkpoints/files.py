@@ -23,7 +23,7 @@ from blockffn.errors import UserFacingError
 from blockffn.ops.native import empty_huge
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")  # in the order of preference
-MAX_HEADER_BYTES = 64 << 20
+MAX_HEADER_BYTES = 16 << 20  # of safetensors, pickles and JSON: 100,000 tensors
 _COPY_AGAIN = "download or copy the file again"
 
 DTYPES = {
@@ -118,7 +118,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a small JSON file.
 
     Raises:
-        CheckpointError: it is missing, larger than 64 MiB, or no JSON object.
+        CheckpointError: it is missing, larger than 16 MiB, or no JSON object.
     """
     try:
         if file.stat().st_size > MAX_HEADER_BYTES:
@@ -256,18 +256,42 @@ def _open_torch(file: Path) -> dict[str, StoredTensor]:
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{file} holds no dictionary of tensors; it is not a model's weights")
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+        dense = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        if not isinstance(name, str) or not dense or value.is_quantized:
             raise CheckpointError(f"{file} holds {name!r}, which is not a dense tensor; it is not a model's weights")
+    offsets = _offsets(file, content)
     tensors = {
-        name: StoredTensor(name, value.dtype, tuple(value.shape), file, value.detach)
+        name: StoredTensor(name, value.dtype, tuple(value.shape), file, value.detach, offsets.get(name))
         for name, value in content.items()
-    }  # fmt: skip
+    }
     # Repeated rows and shared storages let a small file claim any size. Tied weights share theirs once.
     repeated = [n for n, value in content.items() if tensors[n].num_bytes > value.untyped_storage().nbytes()]
     if repeated or sum(tensor.num_bytes for tensor in tensors.values()) > 2 * file.stat().st_size:
         which = f"tensor {repeated[0]!r}" if repeated else "its tensors"
         raise CheckpointError(f"{file} claims more values for {which} than it stores; refused")
     return tensors
+
+
+def _offsets(file: Path, content: dict[str, Tensor]) -> dict[str, int]:
+    """Where the values of mapped tensors lie in an archive, so that reading them does not map a second copy.
+
+    All storages are parts of one mapping, in which the first lies where the archive's first record of values does.
+    Where that does not fit (other byte order, unused records), nothing is said.
+    """
+    records = set()
+    with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
+        for record in archive.infolist():
+            if "/data/" in record.filename:
+                stream.seek(record.header_offset + 26)
+                name, extra = (int.from_bytes(stream.read(2), "little") for _ in range(2))
+                records.add(record.header_offset + 30 + name + extra)
+    storages = {name: value.untyped_storage().data_ptr() for name, value in content.items() if value.numel()}
+    if not records or not storages:
+        return {}
+    base = min(storages.values()) - min(records)
+    if any(pointer - base not in records for pointer in storages.values()):
+        return {}
+    return {name: content[name].data_ptr() - base for name in storages if content[name].is_contiguous()}
 
 
 def _check_archive(file: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from blockffn.checkpoints.draft import CARD, IGNORED, is_draft
+from blockffn.checkpoints.draft import CARD, IGNORED, frequency_file_size, is_draft
 from blockffn.checkpoints.files import WEIGHT_SUFFIXES, StoredTensor, open_tensors, read_json
 from blockffn.checkpoints.load import check_folder, model_folder
 from blockffn.checkpoints.recognise import Folder, recognise
@@ -64,10 +64,14 @@ def _draft(path: Path, tensors: dict[str, StoredTensor]) -> dict[str, Any]:
              "num_key_value_heads", "head_dim", "vocab_size", "draft_vocab_size")  # fmt: skip
     own = [tensor for name, tensor in tensors.items() if name not in IGNORED]
     card = path / CARD
+    unread = [name for name in tensors if name in IGNORED]
+    proposes = settings.get("draft_vocab_size") or frequency_file_size(path)
+    oddities = [f"{name} is stored, but not read" for name in unread] + _programs(path)
     return {
-        "architecture": {name: settings.get(name) for name in names},
+        "architecture": {name: settings.get(name) for name in names} | {"draft_vocab_size": proposes},
         "parameters": sum(math.prod(tensor.shape) for tensor in own),
         "card": read_json(card) if card.is_file() else None,
+        "oddities": oddities,
     }
 
 
@@ -97,11 +101,13 @@ def _storage(tensors: dict[str, StoredTensor]) -> dict[str, Any]:
     }
 
 
+def _programs(path: Path) -> list[str]:
+    names = [file.name for file in sorted(path.glob("*.py"))]
+    return [f"{', '.join(names)}: programs, which are never run"] if names else []
+
+
 def _file_oddities(folder: Folder) -> list[str]:
-    programs = [file.name for file in sorted(folder.path.glob("*.py"))]
-    found = []
-    if programs:
-        found.append(f"{', '.join(programs)}: programs, which are never run")
+    found = _programs(folder.path)
     used = {tensor.file.name for tensor in folder.tensors.values()}
     weights = [file.name for suffix in WEIGHT_SUFFIXES for file in sorted(folder.path.glob(f"*{suffix}"))]
     spare = [name for name in weights if name not in used]

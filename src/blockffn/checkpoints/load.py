@@ -18,6 +18,7 @@ from blockffn.checkpoints.recognise import Folder, recognise
 from blockffn.configuration import BlockFFNConfig
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.models.rotary import RotaryEmbedding
+from blockffn.ops.device import choose_device
 from blockffn.ops.native import empty_huge
 
 
@@ -27,12 +28,22 @@ def model_folder(path: Path) -> Path:
     Raises:
         CheckpointError: there is none; the message says what was looked for.
     """
+    if not path.is_dir():
+        hub = f"; download it first: hf download {path} --local-dir {path.name}" if _is_hub_id(path) else ""
+        raise CheckpointError(f"{path} holds no model: there is no such folder{hub}")
     if (path / "model" / "config.json").is_file():
         return path / "model"
     if (path / "config.json").is_file() or any(path.glob("*.pt")):
         return path
     hint = "; its training has not ended, go on with --resume" if (path / "config.yaml").is_file() else ""
+    inner = sorted({file.parents[1] for file in path.glob("*/model/config.json")})
+    hint = f"; do you mean {', '.join(map(str, inner[:3]))}?" if inner else hint
     raise CheckpointError(f"{path} holds no model: neither model/config.json nor config.json is there{hint}")
+
+
+def _is_hub_id(path: Path) -> bool:
+    """Whether a path that is not there looks like a name on Hugging Face's hub."""
+    return len(path.parts) == 2 and path.parts[0] not in (".", "..", "/") and not Path(path.parts[0]).exists()
 
 
 def load(
@@ -72,7 +83,7 @@ def load(
             if name not in targets:
                 continue
             weights = _materialise(folder, name, tensor, targets[name], mmap=mmap)
-            if check_finite and not weights.isfinite().all():
+            if check_finite and not _all_finite(weights):
                 raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} holds NaN or infinity; training diverged")
             module, _, attribute = name.rpartition(".")
             parameter = nn.Parameter(weights, requires_grad=targets[name].requires_grad)
@@ -80,6 +91,11 @@ def load(
             bar.update(tensor.num_bytes)
     _finish(folder, model)
     return (model if device is None else move(model, device)).eval()
+
+
+def _all_finite(weights: Tensor) -> bool:
+    """A sum passes NaN and infinity on and takes no memory; only one that overflows needs a look at every weight."""
+    return bool(weights.sum().isfinite() or weights.isfinite().all())
 
 
 def is_foreign(path: Path) -> bool:
@@ -119,7 +135,13 @@ def load_foreign(
 
 
 def move(model: BlockFFNForCausalLM, device: str | torch.device | int) -> BlockFFNForCausalLM:
-    """Move a model; packed weights are unpacked for any device but the CPU, which alone has kernels for them."""
+    """Move a model; packed weights are unpacked for any device but the CPU, which alone has kernels for them.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    if isinstance(device, str):
+        choose_device(device)
     if torch.device(device).type != "cpu":
         if is_packed(model):
             model.dequantize()

@@ -23,6 +23,11 @@ def check_publishable(model: BlockFFNForCausalLM) -> None:
     config = model.config
     known = {"ffn_type": "moe", "router_type": "relu_rmsnorm", "expert_gated": False, "lora_norm_eps": 1e-6,
              "expert_activation": "silu", "num_shared_experts": 0, "first_k_dense_replace": 0}  # fmt: skip
+    if config.router_norm_eps is not None and config.router_norm_eps != config.rms_norm_eps:
+        raise ValueError(
+            f"the published layout has one epsilon for all norms ({config.rms_norm_eps}), the model has router_norm_eps "
+            f"{config.router_norm_eps}"
+        )
     for name, value in known.items():
         if getattr(config, name) != value:
             raise ValueError(

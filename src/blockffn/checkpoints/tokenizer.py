@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Open the tokenizer beside the weights, without running anything that the folder brings along.
 
+    A `tokenizer.json` is complete and is used as it is. Hugging Face's automatic choice of a class is for folders
+    without one: it asks config.json, which in published folders names programs, and its classes build some
+    tokenizers anew, with other tokens.
+
     Raises:
         ValueError: there is none that can be read.
     """
+    family = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = family.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # tokenizers of unknown models fail in ways that are not listed

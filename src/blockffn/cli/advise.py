@@ -63,7 +63,7 @@ def advise(
     for warning in result.advice.warnings:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     for line in result.sentences():
-        console.print(line, soft_wrap=True)
+        console.print(line.replace("blockffn generate MODEL", f"blockffn generate {path}"), soft_wrap=True)
 
 
 def _table(title: str, *headings: str) -> Table:
@@ -79,15 +79,14 @@ def _table(title: str, *headings: str) -> Table:
 
 def _steps(result: Consultation) -> Table:
     counts = sorted({tokens for target in result.targets for tokens in target.milliseconds})
-    table = _table("milliseconds of a step, by its tokens", *map(str, counts), "MB a token", "% of memory")
-    for target in result.targets:
-        share = 100 * target.bytes_per_token / (target.of(1) / 1000) / result.bandwidth
-        table.add_row(
-            f"{target.backend}, {target.precision}",
-            *(f"{target.milliseconds[n]:.1f}" if n in target.milliseconds else "" for n in counts),
-            f"{target.bytes_per_token / 1e6:.0f}",
-            f"{share:.0f}",
-        )
+    names = [f"{target.backend}, {target.precision}" for target in result.targets]
+    table = _table("milliseconds of a step, by its tokens", *names)
+    for n in counts:
+        table.add_row(str(n), *(f"{t.milliseconds[n]:.2f}" if n in t.milliseconds else "" for t in result.targets))
+    table.add_section()
+    table.add_row("MB a token", *(f"{target.bytes_per_token / 1e6:.2f}" for target in result.targets))
+    shares = [100 * t.bytes_per_token / (t.of(1) / 1000) / result.bandwidth for t in result.targets]
+    table.add_row("% of memory's speed", *(f"{share:.0f}" for share in shares))
     return table
 
 

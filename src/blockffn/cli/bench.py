@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -78,6 +80,8 @@ def decode(
     if text_only and text is None:
         raise ValueError("--text-only needs a --text to continue")
 
+    from rich.console import Console
+
     from blockffn.evaluation.decoding.bench import BenchSettings, bench_decode
 
     same = draft if draft in (None, "ngram", "auto") or str(draft).startswith("oracle:") else None
@@ -86,7 +90,7 @@ def decode(
         backend=backend, precision=precision, device=device, max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens, rounds=rounds, peers=_words(peers),
     )  # fmt: skip
-    console = wide_console()
+    console = Console(highlight=False) if sys.stdout.isatty() else wide_console(200)
     chosen = _prompts(prompts, text, _words(tasks), per_task, text_only)
     report = bench_decode(path, chosen, settings, dense=dense, say=lambda line: console.print(line, style="dim"))
     write_json(json_path, report.to_dict())
@@ -121,50 +125,45 @@ def _prompts(
 
 
 def _rates(report: BenchReport) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(header_style="bold", box=SIMPLE_HEAD, title="new tokens/s", title_justify="left")
-    table.add_column("", no_wrap=True)
     results = report.results
-    for rate in results[0].rates:
-        table.add_column(rate.task.replace("_", " "), justify="right")
-    table.add_column("ratio", justify="right")
-    table.add_column("of the rounds", justify="right")
-    for result in results:
-        overall = result.overall
-        span = f"{overall.lowest_ratio:.2f}…{overall.highest_ratio:.2f}" if overall.ratio is not None else ""
-        table.add_row(
-            result.way,
-            *(f"{rate.tokens_per_second:.1f}" for rate in result.rates),
-            "" if overall.ratio is None else f"{overall.ratio:.2f}×",
-            span,
-        )
+    table = _ways_table("new tokens/s", results)
+    for i, rate in enumerate(results[0].rates):
+        table.add_row(rate.task.replace("_", " "), *(f"{r.rates[i].tokens_per_second:.1f}" for r in results))
+    table.add_section()
+    overall = [result.overall for result in results]
+    table.add_row("ratio", *("" if rate.ratio is None else f"{rate.ratio:.2f}×" for rate in overall))
+    spans = ("" if r.ratio is None else f"{r.lowest_ratio:.2f}…{r.highest_ratio:.2f}" for r in overall)
+    table.add_row("of the rounds", *spans)
     return table
 
 
 def _steps(report: BenchReport) -> Table:
+    results = [result for result in report.results if result.shares]
+    table = _ways_table("a step, and how its time is spent", results)
+
+    def row(name: str, values: Iterable[float | None], digits: int) -> None:
+        table.add_row(name, *("" if value is None else f"{value:.{digits}f}" for value in values))
+
+    row("tokens", (r.overall.acceptance_length for r in results), 2)
+    row("drafts", (r.tree_size for r in results), 1)
+    by_depth = (" ".join(f"{100 * rate:.0f}" for rate in r.acceptance_by_depth) for r in results)
+    table.add_row("accepted by depth, %", *by_depth)
+    row("experts", (r.active_experts for r in results), 1)
+    row("union", (r.union_experts for r in results), 1)
+    row("draft %", (100 * r.shares["draft"] for r in results), 0)
+    row("model %", (100 * r.shares["decode"] for r in results), 0)
+    return table
+
+
+def _ways_table(title: str, results: Sequence[Any]) -> Table:
+    """A column for each way of decoding, so that many kinds of text fit the width of a terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(header_style="bold", box=SIMPLE_HEAD, title="a step, and how its time is spent", title_justify="left")
+    table = Table(header_style="bold", box=SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
-    for heading in ("tokens", "drafts", "accepted by depth, %", "experts", "union", "draft %", "model %"):
-        table.add_column(heading, justify="right")
-    for result in report.results:
-        if not result.shares:
-            continue
-        length = result.overall.acceptance_length
-        table.add_row(
-            result.way,
-            "" if length is None else f"{length:.2f}",
-            "" if result.tree_size is None else f"{result.tree_size:.1f}",
-            " ".join(f"{100 * rate:.0f}" for rate in result.acceptance_by_depth),
-            "" if result.active_experts is None else f"{result.active_experts:.1f}",
-            "" if result.union_experts is None else f"{result.union_experts:.1f}",
-            f"{100 * result.shares['draft']:.0f}",
-            f"{100 * result.shares['decode']:.0f}",
-        )
+    for result in results:
+        table.add_column(result.way, justify="right")
     return table
 
 

@@ -127,7 +127,8 @@ def convert(
     files = sorted(out.glob("*.safetensors"))
     largest = max(file.stat().st_size for file in files)
     total = sum(file.stat().st_size for file in files)
-    console.print(f"{len(files)} files, {total / 1e6:.1f} MB, the largest {largest / 1e6:.1f} MB; written to {out}")
+    in_files = f"{len(files)} files, the largest {largest / 1e6:.1f} MB" if len(files) > 1 else "1 file"
+    console.print(f"{total / 1e6:.1f} MB in {in_files}; written to {out}", soft_wrap=True)
     console.print(f"next: blockffn generate {out}", style="dim", soft_wrap=True)
 
 
@@ -146,6 +147,7 @@ def _summary(rows: list[StoredWeight]) -> Table:
     groups: dict[tuple[str, str], list[StoredWeight]] = {}
     for row in rows:
         name = re.sub(r"\.\d+\.", ".*.", row.name).removeprefix("model.").removeprefix("layers.*.")
+        name = name.removesuffix(".weight")
         groups.setdefault((name, row.format), []).append(row)
     for (name, format), group in groups.items():
         size = sum(row.num_bytes for row in group)

@@ -46,12 +46,13 @@ def convert_dense(
     from tqdm import tqdm
 
     from blockffn.checkpoints.convert import new_folder
+    from blockffn.ops.device import choose_device
     from blockffn.sparsify.convert import Regrouping, regroup
     from blockffn.sparsify.dense import open_dense
     from blockffn.sparsify.passages import check_tokenizer, read_passages
     from blockffn.sparsify.receipt import compare
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     model, tokenizer, difference = open_dense(path)
     model.to(device=device)  # type: ignore[call-arg]
     receipt: dict[str, Any] = {"source": str(path), "experts": experts, "load_difference": difference, "stages": []}

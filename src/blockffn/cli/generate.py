@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from blockffn.cli.output import check_json, write_json
+from blockffn.cli.output import check_json, print_lines, write_json
 
 if TYPE_CHECKING:
     from blockffn.inference.speculative.statistics import SpeculationStatistics
@@ -133,8 +133,7 @@ def generate(
         note += f", {100 - statistics.tls:.1f} % of the experts active for a token"
     errors.print(note, style="dim")
     if stats:
-        for line in _lines(statistics):
-            errors.print(line, style="dim", soft_wrap=True)
+        print_lines(errors, [(line[:10].rstrip(), line[10:]) for line in _lines(statistics)], left=True, style="dim")
     if completion.difference is not None:
         errors.print(f"not lossless: {completion.difference}", soft_wrap=True)
         raise typer.Exit(1)

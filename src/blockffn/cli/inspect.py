@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from blockffn.cli.output import check_json, write_json
+from blockffn.cli.output import check_json, print_lines, write_json
 
 
 def register(app: typer.Typer) -> None:
@@ -32,9 +32,7 @@ def inspect(
     check_json(json_path)
     found = inspect_folder(path, tls_percent=tls)
     write_json(json_path, found)
-    console = Console(highlight=False, soft_wrap=True)
-    for heading, text in _lines(found):
-        console.print(f"[bold]{heading:>12}[/]  {text}")
+    print_lines(Console(highlight=False), _lines(found))
 
 
 def _draft_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -60,7 +58,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     files = f"{len(found['files'])} files ({found['files'][0]} …)" if len(found["files"]) > 1 else found["files"][0]
     storage = ("stored", f"{stored}; {found['tensors']} tensors in {files}")
     if found["kind"] == "draft":
-        return [*_draft_lines(found), storage]
+        return [*_draft_lines(found), storage, *(("odd", oddity) for oddity in found["oddities"])]
     a, counts = found["architecture"], found["parameters"]
     ffn = f"{a['num_experts']} experts × {a['moe_intermediate_size']}" if a["ffn_type"] == "moe" else "dense"
     attention = f"{a['attention_type'].upper()}, {a['num_attention_heads']} heads"
@@ -73,7 +71,8 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{counts['total']:,}; {counts['non_embedding']:,} without embeddings"),
         (
             "active",
-            f"{found['active_parameters']:,} of those for a token, if {found['tls_percent']:g} % of the experts idle",
+            f"{found['active_parameters']:,} of the latter for a token that leaves {found['tls_percent']:g} % of the "
+            "experts idle",
         ),
         (
             "per token",

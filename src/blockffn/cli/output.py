@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,31 @@ def write_json(path: Path | None, values: Any) -> None:
         path.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
-def wide_console() -> Console:
+def print_lines(
+    console: Console, lines: Sequence[tuple[str, str]], *, left: bool = False, style: str | None = None
+) -> None:
+    """Print headings and texts in two columns: wrapped within the second on a terminal, one line each in a file."""
+    from rich.table import Table
+    from rich.text import Text
+
+    width = 8 if left else 12
+    if not console.is_terminal:
+        for heading, text in lines:
+            padded = heading.ljust(width) if left else heading.rjust(width)
+            console.print(Text(f"{padded}  {text}"), style=style or "", soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(justify="left" if left else "right", width=width, style="" if left else "bold")
+    table.add_column(overflow="fold")
+    for heading, text in lines:
+        table.add_row(heading, Text(text))
+    console.print(table, style=style or "")
+
+
+def wide_console(width: int = WIDE) -> Console:
     """For tables that a narrow terminal, or a file, would cut: their lines may be longer than it is wide."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.width = max(console.width, WIDE)
+    console.width = max(console.width, width)
     return console

@@ -73,7 +73,10 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerFast:
     if path.exists() and not folders and not (path / "tokenizer_config.json").is_file():
         raise ValueError(f"{name} holds no tokenizer: no tokenizer.json is there, in tokenizer/ or in model/")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folders[0] if folders else name, local_files_only=path.exists())
+        if folders:  # a tokenizer.json is complete; the automatic choice would ask the model's config.json
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folders[0], local_files_only=True)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=path.exists())
     except Exception as error:  # a missing file, a bad id, no network: all mean that there is no such tokenizer
         raise ValueError(f"cannot load a tokenizer from {name!r} ({type(error).__name__}: {error})") from error
     if not getattr(tokenizer, "is_fast", False):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-import torch
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -26,6 +25,7 @@ from blockffn.data.prepare import load_manifest
 from blockffn.data.tokenizer import tokenizer_hash
 from blockffn.evaluation.perplexity import Evaluation, evaluate
 from blockffn.models.causal_lm import BlockFFNForCausalLM
+from blockffn.ops.device import choose_device
 
 
 def load_run(
@@ -36,10 +36,11 @@ def load_run(
     `threshold` replaces the model's own `routing_threshold`.
 
     Raises:
-        ValueError: neither is there, or a file is damaged; the message says what was looked for and found.
+        ValueError: neither is there, a file is damaged, or a weight is NaN; the message says what was looked for
+            and found.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(path, device=device, progress=sys.stderr.isatty())
+    device = choose_device(device)
+    model = load(path, device=device, check_finite=True, progress=sys.stderr.isatty())
     if threshold is not None:
         model.set_threshold(threshold)
     return model, load_tokenizer(model_folder(path))
@@ -48,10 +49,10 @@ def load_run(
 def load_any(path: Path, *, device: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As `load_run`, for a causal language model of any architecture that Hugging Face's auto classes know."""
     folder = model_folder(path)
-    if recognise_layout(open_tensors(folder)) == "published" or not is_foreign(folder):
+    if recognise_layout(open_tensors(folder)) in ("published", "training") or not is_foreign(folder):
         return load_run(path, device=device)
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    return model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu")), load_tokenizer(folder)
+    return model.eval().to(choose_device(device)), load_tokenizer(folder)
 
 
 def heldout_batches(

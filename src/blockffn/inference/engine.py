@@ -23,6 +23,7 @@ from blockffn.inference.statistics import GenerationStatistics, stored_bits_per_
 from blockffn.inference.target import Target, check_request
 from blockffn.inference.text import Writer
 from blockffn.models.causal_lm import BlockFFNForCausalLM
+from blockffn.ops.device import choose_device
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Engine:
         Raises:
             ValueError: there is no model or draft that can be read, or the capacity is beyond its context.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device(device)
         model = load(path, device=device, dtype=dtype)
         target = make_target(model, backend=backend, precision=precision, capacity=capacity)
         tokenizer = load_tokenizer(model_folder(Path(path)))

@@ -10,6 +10,7 @@ from blockffn.evaluation.decoding.advice import (
     Recorded,
     TargetMeasurement,
     advise,
+    by_measurement,
     conditional_rates,
     options_of,
     replay,
@@ -73,6 +74,21 @@ def test_the_fastest_precision_is_best_and_the_stored_one_is_named_beside_it() -
     assert advice.best_exact.precision == "auto"
     rates = [option.tokens_per_second for option in advice.options]
     assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("rates", "best"), [((100.0, 120.0), "auto"), ((121.0, 120.0), "auto"), ((130.0, 120.0), "int4")]
+)
+def test_what_was_measured_outweighs_the_estimate(rates: tuple[float, float], best: str) -> None:
+    quick = {tokens: spent / 2 for tokens, spent in FLAT.items()}
+    estimated = advise([target(FLAT), target(quick, "int4")], [draft()])
+    assert [option.precision for option in estimated.options] == ["int4", "auto"]
+    advice = by_measurement(estimated, rates)
+    assert advice.best.precision == best
+    assert [option.precision for option in advice.options] == (
+        ["auto", "int4"] if rates[0] < rates[1] else ["int4", "auto"]
+    )
+    assert advice.best_exact == estimated.best_exact
 
 
 def test_without_drafts_there_is_plain_decoding() -> None:

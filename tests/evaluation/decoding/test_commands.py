@@ -111,3 +111,14 @@ def test_advise_measures_and_says_what_to_use(models: Path, tmp_path: Path) -> N
     assert advice["bandwidth"] > 1e8
     assert "use: blockffn generate" in printed
     assert "tokens a step" in printed
+
+
+def test_a_machine_that_others_use_is_remarked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from blockffn.evaluation.machine import busy
+
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.3, 9.0, 9.0))
+    assert busy(torch.device("cpu")) == []
+    monkeypatch.setattr("os.getloadavg", lambda: (3.0, 0.0, 0.0))
+    assert "other programs used 3.0 of 4 cores" in busy(torch.device("cpu"))[0]
+    assert busy(torch.device("cuda")) == []

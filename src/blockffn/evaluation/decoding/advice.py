@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from blockffn.inference.speculative.tree import ROOT, DraftTree
@@ -127,6 +127,20 @@ def options_of(target: TargetMeasurement, drafts: Sequence[DraftMeasurement]) ->
             spent = target.of(size + 1) + draft.levels[size] * draft.milliseconds_per_level + draft.overhead
             options.append(Option(target.backend, target.precision, draft.name, size, tokens, spent))
     return options
+
+
+def by_measurement(advice: Advice, rates: Sequence[float]) -> Advice:
+    """The same options, ordered by the new tokens per second that decoding with them really gave.
+
+    Weights in another format than they are stored in must gain 3 % to be recommended.
+
+    Args:
+        rates: in the order of `advice.options`.
+    """
+    ranked = sorted(zip(rates, advice.options, strict=True), key=lambda pair: -pair[0])
+    exact = next(rate for rate, option in ranked if option == advice.best_exact)
+    best = ranked[0][1] if ranked[0][0] >= PAYS * exact else advice.best_exact
+    return replace(advice, options=tuple(option for _, option in ranked), best=best)
 
 
 def advise(targets: Sequence[TargetMeasurement], drafts: Sequence[DraftMeasurement]) -> Advice:

@@ -23,6 +23,7 @@ from blockffn.evaluation.machine import describe_machine
 from blockffn.inference.backends import make_target
 from blockffn.inference.drafts import resolve_draft
 from blockffn.metrics.cost import parameter_counts
+from blockffn.ops.device import choose_device
 
 Say = Callable[[str], None]
 MARGIN = 64  # tokens of the cache for a tree at the end of a text; also the shortest room for a prompt
@@ -160,7 +161,7 @@ def _modes(
 
 
 def _subject(label: str, path: Path, settings: BenchSettings, draft: str | None) -> Subject:
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(settings.device)
     model = load(path, device=device)
     capacity = min(settings.max_prompt_tokens + settings.max_new_tokens + MARGIN, model.config.max_position_embeddings)
     target = make_target(model, backend=settings.backend, precision=settings.precision, capacity=capacity)

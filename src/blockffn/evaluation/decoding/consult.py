@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from blockffn.evaluation.decoding.advice import (
     Option,
     TargetMeasurement,
     advise,
+    by_measurement,
     conditional_rates,
 )
 from blockffn.evaluation.decoding.measure import (
@@ -32,11 +33,12 @@ from blockffn.evaluation.decoding.modes import ORACLE, Subject
 from blockffn.evaluation.decoding.prompts import EncodedPrompt, Prompt, encode_prompts
 from blockffn.evaluation.decoding.rounds import time_ways
 from blockffn.evaluation.decoding.ways import Decoder
-from blockffn.evaluation.machine import describe_machine
+from blockffn.evaluation.machine import busy, describe_machine
 from blockffn.inference.backends import make_target
 from blockffn.inference.drafts import find_draft
 from blockffn.inference.speculative.growth import Budget
 from blockffn.models.causal_lm import BlockFFNForCausalLM
+from blockffn.ops.device import choose_device
 
 PRECISIONS = ("auto", "int8", "int4")
 MOST = {"cpu": Budget(nodes=16, depth=5), "cuda": Budget(nodes=31, depth=5)}
@@ -66,9 +68,9 @@ class Consultation:
     def sentences(self) -> list[str]:
         """The advice in words."""
         best, exact = self.advice.best, self.advice.best_exact
-        lines = [f"best: {_words(best)}"]
+        lines = [f"best: {_words(best, self.measured)}"]
         if exact != best:
-            lines.append(f"with the weights as they are: {_words(exact)}")
+            lines.append(f"with the weights as they are: {_words(exact, self.measured)}")
         flags = "".join(
             f" --{name} {value}"
             for name, value in (("backend", best.backend), ("precision", best.precision))
@@ -99,7 +101,7 @@ class Consultation:
                 asdict(option)
                 | {
                     "tokens_per_second": option.tokens_per_second,
-                    "measured": self.measured.get((option.backend, option.precision, option.draft, option.tree)),
+                    "measured": self.measured.get(_key(option)),
                 }
                 for option in self.advice.options
             ],
@@ -128,13 +130,14 @@ def consult(
     Raises:
         ValueError: the model or the draft cannot be used.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(device)
     model = load(path, device=device)
     encoded = encode_prompts(load_tokenizer(model_folder(path)), prompts, max_tokens=MAX_PROMPT_TOKENS)
     capacity = min(MAX_PROMPT_TOKENS + max_new_tokens + 64, model.config.max_position_embeddings)
     bandwidth = read_bandwidth(model.device)
     say(f"{describe_machine(model.device)}: memory gives {bandwidth / 1e9:.1f} GB/s")
     targets, notes = _targets(model, backend, capacity)
+    notes += busy(model.device)
     first = next(iter(targets.values()))
     most = MOST[model.device.type]
     beside = find_draft(path)
@@ -157,6 +160,7 @@ def consult(
         measured_targets.append(measure_target(model, target, encoded[0], trees, backend=name, precision=precision))
     advice = advise(measured_targets, drafts)
     measured = _try(advice, model, targets, subjects, encoded, max_new_tokens, say)
+    advice = by_measurement(advice, [measured[_key(option)] for option in advice.options])
     about = {
         "machine": {
             "device": describe_machine(model.device), "torch": torch.__version__, "python": platform.python_version(),
@@ -193,7 +197,7 @@ def _try(
     say("decoding with the best options")
     ways, keys = [], []
     for option in advice.options:
-        key = (option.backend, option.precision, option.draft, option.tree)
+        key = _key(option)
         target, name = targets[option.backend, option.precision], f"{option.precision}, {option.draft}"
         if option.tree:
             own = subjects[option.draft]
@@ -211,7 +215,11 @@ def _try(
     return {key: result.overall.tokens_per_second for key, result in zip(keys, results)}
 
 
-def _words(option: Option) -> str:
+def _key(option: Option) -> Key:
+    return option.backend, option.precision, option.draft, option.tree
+
+
+def _words(option: Option, measured: Mapping[Key, float]) -> str:
     how = f"backend {option.backend}, precision {option.precision}"
     drafts = f"draft {option.draft} with a tree of {option.tree}" if option.tree else "no draft"
-    return f"{how}, {drafts}: about {option.tokens_per_second:.1f} tokens/s"
+    return f"{how}, {drafts}: about {measured.get(_key(option), option.tokens_per_second):.1f} tokens/s"
