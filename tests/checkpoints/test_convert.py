@@ -76,6 +76,7 @@ def test_a_published_folder_is_quantised_in_one_step(tmp_path: Path) -> None:
     ("dense", {}, "ffn_type 'moe' only"),
     ("blockffn", {"router_type": "relu"}, "router_type"),
     ("blockffn", {"expert_gated": True}, "expert_gated"),
+    ("blockffn", {"router_norm_eps": 1.0}, "one epsilon for all norms"),
 ])  # fmt: skip
 def test_what_the_published_layout_cannot_hold_is_refused(
     tmp_path: Path, method: str, overrides: dict[str, object], message: str

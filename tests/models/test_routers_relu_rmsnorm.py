@@ -31,6 +31,24 @@ def test_weights_are_the_rms_norm_of_the_relu_over_all_experts() -> None:
     assert routing.logits[0].tolist() == [3.0, -2.0, 4.0, 0.0]
 
 
+def test_a_large_epsilon_lets_a_token_that_excites_little_take_little() -> None:
+    config = preset_config("nano", router_norm_eps=1.0)
+    model = BlockFFNForCausalLM(config)
+    router = model.model.layers[0].mlp.router
+    x = torch.randn(5, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    activated = torch.relu(x @ router.proj.weight.T)
+    expected = activated / torch.sqrt(activated.square().mean(-1, keepdim=True) + 1.0) * router.norm.weight
+    torch.testing.assert_close(router(x).weights, expected)
+    small, large = router(x * 0.01).weights, router(x).weights
+    assert small.norm() < 0.05 * large.norm()
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_an_epsilon_that_is_no_positive_number_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="router_norm_eps must be finite and positive"):
+        preset_config("nano", router_norm_eps=value)
+
+
 def test_a_token_without_active_experts_has_zero_weights_shares_and_output() -> None:
     router, x = router_with([-3.0, -2.0, -0.5], [1.0, 1.0, 1.0])
     ffn = BlockFFN(1, 3, 4, router=router)

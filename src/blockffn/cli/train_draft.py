@@ -74,7 +74,8 @@ def train_draft(
         options: dict[str, Any] = {"target": None if model is None else str(model), "draft_vocab_size": draft_vocab}
         if data:
             options["data"] = {"folders": folder_weights(data)}
-        settings = from_dict(DraftTrainSettings, merge({k: v for k, v in options.items() if v is not None}, changes))
+        given = {name: value for name, value in options.items() if value is not None}
+        settings = from_dict(DraftTrainSettings, merge(merge(to_dict(DraftTrainSettings()), given), changes))
     if show_settings:
         import yaml
 

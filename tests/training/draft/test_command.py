@@ -58,3 +58,8 @@ def test_options_become_settings_and_a_run_goes_on(
     shown = CliRunner().invoke(app, ["inspect", out])
     assert "the 80 most frequent tokens" in shown.output
     assert f"{found['parameters']:,}" in shown.output
+
+
+def test_data_on_the_command_line_leaves_the_drafts_own_row_length() -> None:
+    shown = CliRunner().invoke(app, ["train-draft", "model", "--data", "books", "--show-settings"])
+    assert "sequence_length: 1024" in shown.output
