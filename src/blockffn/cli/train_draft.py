@@ -71,9 +71,10 @@ def train_draft(
             DraftTrainSettings, merge(to_dict(load_yaml(DraftTrainSettings, out / "config.yaml")), changes)
         )
     else:
+        # A draft's rows are shorter than those of training, whatever else about the data is said.
+        rows: dict[str, Any] = {"sequence_length": DraftTrainSettings().data.sequence_length}
         options: dict[str, Any] = {"target": None if model is None else str(model), "draft_vocab_size": draft_vocab}
-        if data:
-            options["data"] = {"folders": folder_weights(data)}
+        options["data"] = rows | ({"folders": folder_weights(data)} if data else {})
         settings = from_dict(DraftTrainSettings, merge({k: v for k, v in options.items() if v is not None}, changes))
     if show_settings:
         import yaml
