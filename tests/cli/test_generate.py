@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import re
@@ -137,3 +138,30 @@ def test_the_published_model_and_its_draft_are_used_as_downloaded(
     assert "lossless: plain decoding gives the same 24 tokens" in notes
     _, text, _ = blockffn("inspect", str(draft))
     assert ("proposes  all tokens" if frequent is None else "proposes  the 64 most frequent tokens") in text
+
+
+@pytest.mark.parametrize("options", [[], ["--data", "text"], ["--data", "text", "data.align=8"]])
+def test_rows_of_a_draft_fit_the_small_presets_whatever_is_said_about_the_data(blockffn, options: list[str]) -> None:
+    code, settings, _ = blockffn("train-draft", "model", *options, "--show-settings")
+    assert code == 0
+    assert "  sequence_length: 1024\n" in settings
+
+
+def test_tables_of_decoding_speed_are_as_wide_as_their_ways_and_numbers() -> None:
+    """A column for each way, a row for each kind of text: three ways fit 80 columns."""
+    from types import SimpleNamespace
+
+    from rich.console import Console
+
+    from blockffn.cli.bench import _rates
+
+    tasks = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag", "all")
+    same = {"tokens_per_second": 1234.5, "ratio": 1.0, "lowest_ratio": 1.0, "highest_ratio": 1.0}
+    rates = [SimpleNamespace(task=task, **same) for task in tasks]
+    ways = ("sparse, plain", "sparse, fixed tree 7", "sparse, tree by cost")
+    results = [SimpleNamespace(way=way, rates=rates, overall=rates[-1]) for way in ways]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(_rates(SimpleNamespace(results=results)))
+    lines = console.export_text().splitlines()
+    assert sum(line.count("1234.5") == len(ways) for line in lines) == len(tasks)
+    assert any(all(way in line for way in ways) for line in lines)
