@@ -25,8 +25,8 @@ def check_publishable(model: BlockFFNForCausalLM) -> None:
              "expert_activation": "silu", "num_shared_experts": 0, "first_k_dense_replace": 0}  # fmt: skip
     if config.router_norm_eps is not None and config.router_norm_eps != config.rms_norm_eps:
         raise ValueError(
-            f"the published layout has one epsilon for all norms ({config.rms_norm_eps}), the model has router_norm_eps "
-            f"{config.router_norm_eps}"
+            f"the published layout has one epsilon for all norms ({config.rms_norm_eps}), the model has "
+            f"router_norm_eps {config.router_norm_eps}"
         )
     for name, value in known.items():
         if getattr(config, name) != value:
