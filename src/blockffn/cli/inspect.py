@@ -46,7 +46,7 @@ def _draft_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("proposes", proposes),
         ("parameters", f"{found['parameters']:,}; embeddings and head are the target's"),
     ]  # fmt: skip
-    if card is not None and card["decoding"]["tree"] is not None:
+    if card is not None and card["decoding"] is not None and card["decoding"]["tree"] is not None:
         tree, text = card["decoding"]["tree"], card["heldout_text"]
         lines.append(("accepted", f"{tree['acceptance_length']:.2f} tokens per verification in greedy decoding with "
                                   f"trees, {text['acceptance_length']:.2f} with chains on held-out text"))  # fmt: skip

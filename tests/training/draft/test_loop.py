@@ -201,3 +201,18 @@ def test_on_a_gpu_it_learns_in_bfloat16_and_decodes(tmp_path: Path, settings: Ma
     records = read_metrics(tmp_path)
     assert records[-1]["loss"] < records[0]["loss"] / 2
     assert card_of(tmp_path)["decoding"]["tree"]["acceptance_length"] > 3
+
+
+def test_a_draft_is_kept_when_its_measurement_is_stopped(
+    settings: MakeSettings, tmp_path: Path, target: BlockFFNForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("blockffn.training.draft.results.decoding_report", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train_draft(settings(steps=2), tmp_path, progress=False)
+    assert load_draft(tmp_path / "model", target.config)
+    assert card_of(tmp_path)["steps"] == 2
+    assert card_of(tmp_path)["decoding"] is None
+    inspect(tmp_path / "model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -166,6 +167,8 @@ def _train(
     if not interrupted:
         if not settings.checkpoint_every or step % settings.checkpoint_every:
             write_checkpoint(step)
+        if progress:
+            print(f"trained; writing {run / 'model'}, then measuring its acceptance on held-out text", file=sys.stderr)
         save_run(run / "model", objective, settings, progress={"steps": step, "tokens": tokens, "seconds": seconds})
     return TrainResult(run, step, interrupted, seconds, tokens)
 

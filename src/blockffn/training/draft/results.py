@@ -43,7 +43,10 @@ def heldout_acceptance(objective: DraftObjective, settings: DraftTrainSettings) 
 def save_run(
     folder: Path, objective: DraftObjective, settings: DraftTrainSettings, *, progress: dict[str, float]
 ) -> None:
-    """Write draft and card, whole or not at all. The target decodes with the draft as it was written."""
+    """Write draft and card, then measure acceptance and add it to the card.
+
+    The target decodes with the draft as it was written. Stopped while it measures, the draft is there and usable.
+    """
     assert settings.target is not None
     target, draft = objective.target, objective.draft
     torn = folder.with_name(folder.name + ".tmp")
@@ -51,20 +54,28 @@ def save_run(
     torn.mkdir(parents=True)
     name = Path(settings.target).resolve().name
     save_draft(torn, draft, dtype=getattr(torch, settings.stored_dtype), about={"target": name})
-    stored = load_draft(torn, target.config, dtype=target.dtype).to(target.device)
-    heldout = heldout_acceptance(objective, settings)
-    card = {
+    card: dict[str, Any] = {
         "target": name,
         "parameters": sum(parameter.numel() for parameter in draft.parameters()),
         "bytes": (torn / "model.safetensors").stat().st_size,
         "draft_vocab_size": target.config.vocab_size if draft.token_ids is None else len(draft.token_ids),
         **progress,
-        "heldout_text": heldout,
-        "decoding": decoding_report(target, stored, _prompts(settings), settings.acceptance),
+        "heldout_text": None,
+        "decoding": None,
     }
-    (torn / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    _write_card(torn, card)
     shutil.rmtree(folder, ignore_errors=True)
     torn.rename(folder)
+    stored = load_draft(folder, target.config, dtype=target.dtype).to(target.device)
+    card["heldout_text"] = heldout_acceptance(objective, settings)
+    card["decoding"] = decoding_report(target, stored, _prompts(settings), settings.acceptance)
+    _write_card(folder, card)
+
+
+def _write_card(folder: Path, card: dict[str, Any]) -> None:
+    torn = folder / (CARD + ".tmp")
+    torn.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    torn.replace(folder / CARD)
 
 
 def _prompts(settings: DraftTrainSettings) -> list[Tensor]:
