@@ -43,6 +43,8 @@ if __name__ == "__main__":
         train(Path(arguments[arguments.index("--out") + 1]), Path(configs))
     elif verb == "evaluate":
         (Path(arguments[0]) / "evaluation.json").write_text(json.dumps({"heldout_loss": 2.5, "perplexity": 12.18}))
+    elif verb == "analyze":
+        Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps({"findings": {"reuse_ratio": 91.5}}))
     elif verb == "zero-shot":
         scores = {"model": "x", "tasks": {"blimp": {"accuracy": 60.5, "paradigms": {"a": {}}}}}
         Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps(scores))

@@ -56,7 +56,7 @@ def test_a_run_becomes_a_record_and_is_skipped_the_next_time(
     assert record(tmp_path, "a")["tokens"] == 4096
     folder = tmp_path / "work" / "records" / "s" / "a"
     assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "evaluation.json", "record.json"
+        "config.yaml", "metrics.jsonl", "evaluation.json", "evidence.json", "record.json"
     }  # fmt: skip
     assert str(data_folder.parent) not in "".join(path.read_text() for path in folder.iterdir())
     before = (folder / "record.json").stat().st_mtime_ns
@@ -120,6 +120,25 @@ def test_zero_shot_scores_are_added_to_a_record_that_lacks_them(tmp_path: Path, 
     assert scores["tasks"] == {"blimp": {"accuracy": 60.5}}
 
 
+def test_evidence_is_part_of_a_record_and_added_to_one_that_lacks_it(tmp_path: Path, start: Start) -> None:
+    assert start([run("a")]) == 0
+    path = tmp_path / "work" / "records" / "s" / "a" / "evidence.json"
+    assert json.loads(path.read_text()) == {"reuse_ratio": 91.5}
+    path.unlink()
+    (tmp_path / "work" / "s" / "a" / "evidence.json").unlink()
+    assert start([run("a")]) == 0
+    assert json.loads(path.read_text()) == {"reuse_ratio": 91.5}
+
+
+def test_a_record_without_evidence_is_complete_where_its_model_is_gone(tmp_path: Path, start: Start) -> None:
+    assert start([run("a")]) == 0
+    path = tmp_path / "work" / "records" / "s" / "a" / "evidence.json"
+    path.unlink()
+    shutil.rmtree(tmp_path / "work" / "s" / "a")
+    assert start([run("a")]) == 0
+    assert not path.exists()
+
+
 def test_a_run_that_was_stopped_before_its_record_is_recorded_the_next_time(
     tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,7 +188,11 @@ def test_a_real_suite_from_a_source_checkout(tmp_path: Path, data_folder: Path) 
     assert "2 of 2 recorded" in out
     records = tmp_path / "runs" / "experiments" / "records"
     assert sum(path.stat().st_size for path in (records / "quality" / "nano-blockffn-seed1").iterdir()) < 40_000
+    assert (records / "quality" / "nano-blockffn-seed1" / "evidence.json").is_file()
+    assert not (records / "quality" / "nano-dense-seed1" / "evidence.json").exists()
     page = tmp_path / "page" / "results.md"
     python("results.py", "--size", "nano", "--records", str(records), "--out", str(page))
     assert "| BlockFFN |" in page.read_text()
+    assert "### Magnitude by depth" in page.read_text()
+    assert (page.parent / "images" / "results-evidence-magnitude-by-depth.png").stat().st_size > 10_000
     assert (page.parent / "images" / "results-curves.png").stat().st_size > 10_000

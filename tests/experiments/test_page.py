@@ -118,16 +118,45 @@ def test_records_that_no_list_names_are_linked(folder: Path) -> None:
     path.rmdir()
 
 
-def test_evidence_is_taken_in_whatever_its_tables(folder: Path) -> None:
-    evidence = folder / "records" / "evidence"
-    evidence.mkdir()
-    values = {"title": "Reuse by layer", "tokens": 4096, "layers": [{"layer": 1, "reuse_ratio": 88.25}]}
-    (evidence / "reuse.json").write_text(json.dumps(values))
-    (evidence / "reuse-layers.png").write_bytes(b"")
+def test_evidence_of_a_record_is_shown_with_its_plots_and_others_are_named(folder: Path) -> None:
+    page = page_of(folder)
+    assert "## Evidence of the routing\n\nNot recorded yet" in page.text
+    fit = {"means": [10.0, 30.0], "deviations": [2.0, 3.0], "shares": [0.5, 0.5], "modes": 2, "bic_gain": 5.0,
+           "bimodal": True}  # fmt: skip
+    layer = {"tls": 81.0, "cls8": 70.0, "reuse_ratio": 88.25, "expert_use": [20.0] * 4, "dead_experts": 0,
+             "load_variation": 0.5, "load_max_over_mean": 2.0, "input_norm": 3.0, "weight_norm": 1.0}  # fmt: skip
+    findings = {
+        "tokens": 4096, "loss": 4.0, "tls": 81.0, "cls8": 70.0, "reuse_ratio": 88.25, "cls": {"8": 70.0, "64": 33.0},
+        "layers": [{"layer": n, "output_norm": 2.0**n, **layer} for n in (1, 2, 3)],
+        "windows": [{"window": w, "cls": 81.0 - w, "same_tls": 20.0, "same_use": 25.0} for w in (1, 8, 64)],
+        "classes": [{"class": name, "items": 5, "tokens": 9, "active_share": share} for name, share in
+                    (("digit", 11.0), ("word", 22.0))],
+        "vocabulary": {"items": 40, "min_occurrences": 10, "edges": [0.0, 20.0, 40.0], "counts": [20, 20], "fit": fit},
+        "draft_trees": None,
+    }  # fmt: skip
+    path = folder / "records" / "quality" / "mini-blockffn-seed1" / "evidence.json"
+    path.write_text(json.dumps(findings))
+    try:
+        page = page_of(folder)
+    finally:
+        path.unlink()
+    heading, found = row(page.text, "Run"), row(page.text, "mini-blockffn-seed1")
+    assert found[heading.index("Growth")] == "4.00"
+    assert found[heading.index("Peaks")] == "2 (10.0 %, 30.0 %)"
+    assert re.search(r"Recorded without evidence: .*mini-topk-seed1", page.text)
+    assert "mini-dense-seed1" not in re.findall("Recorded without evidence: .*", page.text)[0]
+    assert "### Reuse and sparsity by layer" in page.text
+    for image in re.findall(r"\(images/(results-evidence-[^)]+)\)", page.text):
+        assert image in page.plots
+    assert "results-evidence-experts-by-vocabulary-item.png" in page.plots
+
+
+def test_every_group_of_the_ablation_is_there_and_names_what_has_not_run(folder: Path) -> None:
     text = page_of(folder).text
-    assert "## Evidence from a checkpoint\n\n### Reuse by layer" in text
-    assert "| 1 | 88.2 % |" in text
-    assert "](../records/evidence/reuse-layers.png)" in text
+    for group in ("Objectives", "Router norm and gated experts", "Granularity", "Load balancing"):
+        assert f"### {group}\n" in text
+    assert "**Not run: router without norm; gated experts, width 43.**" in text
+    assert row(text, "router without norm")[-1] == "missing"
 
 
 def test_a_readme_without_markers_is_an_error(folder: Path, tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ def analyze(
     trees: Annotated[int, typer.Option(help="Draft so many trees for the union of their experts; 0 for none.")] = 16,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     figures: Annotated[Path | None, typer.Option(help="Folder for the figures (PNG).")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write all tables to this file.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write all tables, and the numbers behind them, to this file.")
+    ] = None,
 ) -> None:
     """Reuse and load by layer, CLS by window, experts by kind of token, magnitude by depth: the paper's other evidence.
 
@@ -60,7 +62,7 @@ def analyze(
         date=time.strftime("%Y-%m-%d", time.gmtime()),
         folder=figures,
     )
-    write_json(json_path, document)
+    write_json(json_path, {**document, "findings": findings})
     console = Console(highlight=False)
     for section in document["sections"]:
         console.print(section["title"], style="bold")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from blockffn.experiments.records import add_zero_shot, machine_facts, write_failure, write_record
+from blockffn.experiments.records import add_optional, machine_facts, write_failure, write_record
 from blockffn.experiments.schedule import Outcome, Task, device_slots, run_tasks
 from blockffn.experiments.stages import BLOCKFFN, Places, Plan, data_facts, plan
 from blockffn.experiments.suite import PUBLISHED_SIZE, Experiment
@@ -20,9 +20,10 @@ WORK_LEFT = 3
 Suite = Callable[[str], Sequence[Experiment]]
 
 EPILOG = f"""
-A run is trained, evaluated on all held-out rows and, with --eval-data, scored on BLiMP and LAMBADA; what is kept of it
-lies in RECORDS/SUITE/RUN. Started again, the command skips what is recorded and goes on with what was stopped. A record
-of other settings is an error that names them.
+A run is trained, evaluated on all held-out rows, its routing analysed, and with --eval-data scored on BLiMP and
+LAMBADA; what is kept of it lies in RECORDS/SUITE/RUN. Started again, the command skips what is recorded, adds to a
+record what it lacks if the model is still there, and goes on with what was stopped. A record of other settings is an
+error that names them.
 
 Exit status: 0 all is recorded, 1 a run failed or differs, {WORK_LEFT} time is up and work is left (start it again).
 """
@@ -120,7 +121,7 @@ def _task(experiment: Experiment, todo: Plan, places: Places, facts: dict[str, o
 
     def finish() -> None:
         if todo.recorded:
-            add_zero_shot(record, run)
+            add_optional(record, run)
         else:
             write_record(record, run, own)
 

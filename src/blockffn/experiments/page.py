@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from blockffn.experiments import figures
 from blockffn.experiments.claims import claims_table, headline
-from blockffn.experiments.evidence import evidence_section
+from blockffn.experiments.evidence import evidence_plots, evidence_section
 from blockffn.experiments.results import Result, done, read_results, unlisted
 from blockffn.experiments.suite import Experiment
 from blockffn.experiments.tables import ablation_table, granularity_counts, quality_table, runs_table
@@ -54,7 +54,7 @@ def make_page(
     """The results page of two suites.
 
     Args:
-        records: folder of the records; `evidence/` in it holds what `blockffn analyze` wrote.
+        records: folder of the records.
         quality, ablation: what should be there. What is not is said.
         out, images: where page and plots will lie; links are relative to `out`.
 
@@ -78,11 +78,11 @@ def make_page(
     ]
     for group, (title, text) in GROUPS.items():
         members = [result for result in parts if group in result.experiment.groups]
-        rows = ablation_table(members, out.parent)
-        sections += [f"### {title}", text, rows or "Not recorded yet: `python experiments/ablation.py` makes it."]
+        sections += [f"### {title}", text, ablation_table(members, out.parent), _not_run(members)]
         sections += [_images(plots, images, out, (f"results-{group}.png",))]
-    sections += evidence_section(records / "evidence", out.parent)
-    sections += ["## Runs", _state(results, parts), runs_table([*results, *_own(parts, results)], out.parent)]
+    everything = [*results, *_own(parts, results)]
+    sections += evidence_section(everything, base=out.parent, images=images)
+    sections += ["## Runs", _state(results, parts), runs_table(everything, out.parent)]
     extra = unlisted(records, [*quality, *ablation])
     if extra:
         links = ", ".join(f"[{folder.name}]({_link(folder, out)}/record.json)" for folder in extra)
@@ -143,7 +143,15 @@ def _plots(results: Sequence[Result], parts: Sequence[Result]) -> dict[str, Figu
     counts = granularity_counts([r for r in done(parts) if "granularity" in r.experiment.groups])
     if len(counts) > 1:
         plots["results-granularity.png"] = figures.granularity(counts)
-    return plots
+    return plots | evidence_plots([*results, *_own(parts, results)])
+
+
+def _not_run(members: Sequence[Result]) -> str:
+    """Which rows of a group have no numbers, in words."""
+    labels = [result.experiment.label for result in members if result.run is None]
+    if not labels:
+        return ""
+    return f"**Not run: {'; '.join(labels)}.** `python experiments/ablation.py` makes what is missing."
 
 
 def _images(plots: dict[str, Figure], images: Path, out: Path, names: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
     config.yaml      resolved settings; folders of data by their last name only
     metrics.jsonl    the training log, thinned
     evaluation.json  what `blockffn evaluate` found on all held-out rows
+    evidence.json    what `blockffn analyze` found of the routing; absent for dense models and in older records
     zero_shot.json   what `blockffn zero-shot` found, by task and field; absent if it was not asked
     record.json      outcome (done or failed), command, machine, date, tokens, seconds, tokens a second
 
@@ -51,8 +52,7 @@ def write_record(folder: Path, run: Path, facts: Mapping[str, Any]) -> None:
         "evaluation.json": _json(read_json(run / "evaluation.json")),
         "record.json": _json(record),
     }
-    if (run / "zero_shot.json").is_file():
-        files["zero_shot.json"] = _zero_shot(run)
+    files |= _optional(run)
     torn = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(torn, ignore_errors=True)
     torn.mkdir(parents=True)
@@ -62,9 +62,11 @@ def write_record(folder: Path, run: Path, facts: Mapping[str, Any]) -> None:
     torn.rename(folder)
 
 
-def add_zero_shot(folder: Path, run: Path) -> None:
-    """Add the zero-shot results of a run to its record."""
-    (folder / "zero_shot.json").write_text(_zero_shot(run), encoding="utf-8")
+def add_optional(folder: Path, run: Path) -> None:
+    """Add to a record what it lacks of zero-shot scores and evidence, as far as the run has them."""
+    for name, text in _optional(run).items():
+        if not (folder / name).is_file():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def write_failure(folder: Path, facts: Mapping[str, Any], error: str) -> None:
@@ -103,6 +105,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, expected an object; delete it and run again")
     return values
+
+
+def _optional(run: Path) -> dict[str, str]:
+    """Files by name. Of the evidence only the numbers: tables and plots are made of them anew."""
+    files = {}
+    if (run / "zero_shot.json").is_file():
+        files["zero_shot.json"] = _zero_shot(run)
+    if (run / "evidence.json").is_file():
+        files["evidence.json"] = _json(read_json(run / "evidence.json")["findings"])
+    return files
 
 
 def _zero_shot(run: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class Result:
         run: configuration, log and evaluation; `None` unless the run is done.
         cost: parameters and what a token costs, as `blockffn evaluate` counts them.
         zero_shot: accuracy by task.
+        evidence: what `blockffn analyze` found of the routing; empty if the record has none.
     """
 
     experiment: Experiment
@@ -30,6 +31,7 @@ class Result:
     run: Run | None
     cost: dict[str, float]
     zero_shot: dict[str, float]
+    evidence: dict[str, Any] = field(default_factory=dict)
 
     @property
     def state(self) -> str:
@@ -110,6 +112,7 @@ def _read(folder: Path, experiment: Experiment) -> Result:
     scores = folder / "zero_shot.json"
     tasks = read_json(scores)["tasks"] if scores.is_file() else {}
     cost = read_json(folder / "evaluation.json").get("cost", {})
-    return Result(
-        experiment, folder, record, load_run(folder), cost, {name: task["accuracy"] for name, task in tasks.items()}
-    )
+    accuracy = {name: task["accuracy"] for name, task in tasks.items()}
+    analysed = folder / "evidence.json"
+    evidence = read_json(analysed) if analysed.is_file() else {}
+    return Result(experiment, folder, record, load_run(folder), cost, accuracy, evidence)

@@ -10,6 +10,7 @@ from typing import Any
 from blockffn.experiments.agreement import differences, resolved_settings, saved_settings
 from blockffn.experiments.records import read_json
 from blockffn.experiments.suite import Experiment
+from blockffn.presets import METHODS
 
 BLOCKFFN = (sys.executable, "-m", "blockffn")
 
@@ -47,7 +48,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do for an experiment; nothing if it has no stages. `recorded`: only zero-shot scores are missing."""
+    """What to do for an experiment; nothing if it has no stages. `recorded`: only optional parts are missing."""
 
     stages: list[Stage]
     recorded: bool = False
@@ -65,8 +66,10 @@ def plan(experiment: Experiment, places: Places) -> Plan:
     if recorded_outcome(record) == "done":
         facts = read_json(record / "record.json")
         _require_same(record, wanted, _other_data(facts["data"], data_facts(places.data)))
-        scored = (record / "zero_shot.json").is_file() or not (run / "model").is_dir()
-        return Plan([] if scored else _zero_shot(experiment, places), recorded=True)
+        if not (run / "model").is_dir():
+            return Plan([], recorded=True)
+        optional = [*_analysis(experiment, places), *_zero_shot(experiment, places)]
+        return Plan([stage for stage in optional if not (record / stage.makes.name).is_file()], recorded=True)
     stages = []
     if (run / "model").is_dir() and (run / "train.json").is_file():
         _require_same(run, wanted, [])
@@ -74,7 +77,7 @@ def plan(experiment: Experiment, places: Places) -> Plan:
         stages.append(_training(experiment, places, wanted))
     if stages or not (run / "evaluation.json").is_file():
         stages.append(Stage("evaluate", _command(places, "evaluate", str(run)), run / "evaluation.json"))
-    return Plan(stages + _zero_shot(experiment, places))
+    return Plan([*stages, *_analysis(experiment, places), *_zero_shot(experiment, places)])
 
 
 def recorded_outcome(record: Path) -> str | None:
@@ -103,6 +106,15 @@ def _training(experiment: Experiment, places: Places, wanted: dict[str, Any]) ->
     command = _command(places, "train", "--preset", experiment.size, "--method", experiment.method,
                        "--data", str(places.data), *ends, *experiment.overrides)  # fmt: skip
     return Stage("train", command, run / "model")
+
+
+def _analysis(experiment: Experiment, places: Places) -> list[Stage]:
+    """What `blockffn analyze` says of the routing; without drafted trees, which take longer than all the rest."""
+    run = places.run(experiment)
+    out = run / "evidence.json"
+    if METHODS.get(experiment.method, {}).get("ffn_type") == "dense" or out.is_file():
+        return []
+    return [Stage("analyze", _command(places, "analyze", str(run), "--trees", "0", "--json", str(out)), out)]
 
 
 def _zero_shot(experiment: Experiment, places: Places) -> list[Stage]:

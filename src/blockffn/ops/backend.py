@@ -57,8 +57,13 @@ def choose_backend(
         if reason is not None:
             raise ValueError(f"backend {name!r} cannot compute this {op}: {reason}")
         return name
-    usable = [key for key, b in backends.items() if b.reason_against(batch_invariant, *args, **kwargs) is None]
-    if not usable:
+    last = None
+    for key, backend in backends.items():  # ends at the first that pays: a decode step asks for every layer
+        if backend.reason_against(batch_invariant, *args, **kwargs) is None:
+            if backend.pays(*args, **kwargs):
+                return key
+            last = key
+    if last is None:
         reasons = {key: b.reason_against(batch_invariant, *args, **kwargs) for key, b in backends.items()}
         raise ValueError(f"no backend can compute this {op}: " + "; ".join(f"{k}: {r}" for k, r in reasons.items()))
-    return next((key for key in usable if backends[key].pays(*args, **kwargs)), usable[-1])
+    return last

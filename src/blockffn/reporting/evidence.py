@@ -25,16 +25,7 @@ def evidence_document(
     findings: Mapping[str, Any], *, model: str, machine: str, date: str, folder: Path | None = None
 ) -> dict[str, Any]:
     """The document of what `blockffn.evaluation.analysis.analyze` found; figures go into `folder` if given."""
-    sections = [
-        _section("Reuse and sparsity by layer", *_by_layer(findings)),
-        _section("Chunk-level sparsity by window", *_by_window(findings)),
-        _section("Experts by kind of token", *_by_class(findings)),
-        _section("Experts by vocabulary item", *_vocabulary(findings)),
-        _section("Magnitude by depth", *_magnitude(findings)),
-        _section("Load of the experts", *_load(findings)),
-    ]
-    if findings.get("draft_trees"):
-        sections.append(_section("Union of draft trees", *_draft_trees(findings["draft_trees"])))
+    sections = evidence_sections(findings)
     for section in sections:
         name, draw = section.pop("drawing")
         if folder is not None and name:
@@ -52,6 +43,21 @@ def evidence_document(
     }
 
 
+def evidence_sections(findings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sections, each with `drawing` in place of `figure`: a file's name without its ending, and what draws it."""
+    sections = [
+        _section("Reuse and sparsity by layer", *_by_layer(findings)),
+        _section("Chunk-level sparsity by window", *_by_window(findings)),
+        _section("Experts by kind of token", *_by_class(findings)),
+        _section("Experts by vocabulary item", *_vocabulary(findings)),
+        _section("Magnitude by depth", *_magnitude(findings)),
+        _section("Load of the experts", *_load(findings)),
+    ]
+    if findings.get("draft_trees"):
+        sections.append(_section("Union of draft trees", *_draft_trees(findings["draft_trees"])))
+    return sections
+
+
 def section_table(section: Mapping[str, Any]) -> Table:
     """The rows of a section for the terminal; its title and note are the caller's to print."""
     table = Table(show_edge=False, pad_edge=False)
@@ -59,11 +65,12 @@ def section_table(section: Mapping[str, Any]) -> Table:
         words = any(isinstance(row[i], str) for row in section["rows"])
         table.add_column(column, justify="left" if words else "right")
     for row in section["rows"]:
-        table.add_row(*map(_cell, row))
+        table.add_row(*map(cell, row))
     return table
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value of a row as text."""
     if value is None or value != value:
         return ABSENT
     if isinstance(value, float):

@@ -105,11 +105,11 @@ def sparse_ffn_packed(
     Raises:
         ValueError: shapes disagree, `threshold` is negative, or `backend` is unknown or cannot take the arguments.
     """
-    T = x_TD.shape[0]
-    if x_TD.shape != (T, experts.hidden_size):
-        raise ValueError(f"sparse_ffn_packed: x has shape {tuple(x_TD.shape)}, expected {(T, experts.hidden_size)}")
-    if weights_TE.shape != (T, experts.num_experts):
-        expected = (T, experts.num_experts)
+    T, E, D = x_TD.shape[0], experts.num_experts, experts.hidden_size
+    if x_TD.shape != (T, D):
+        raise ValueError(f"sparse_ffn_packed: x has shape {tuple(x_TD.shape)}, expected {(T, D)}")
+    if weights_TE.shape != (T, E):
+        expected = (T, E)
         raise ValueError(f"sparse_ffn_packed: weights has shape {tuple(weights_TE.shape)}, expected {expected}")
     if not threshold >= 0:
         raise ValueError(f"threshold must be at least 0, got {threshold}")

@@ -93,7 +93,7 @@ def sparse_ffn_cpu(
 
 def refuses_packed(x_TD: Tensor, experts: PackedExperts, weights_TE: Tensor, threshold: float) -> str | None:
     """Why the native kernels cannot take these packed experts, or `None`."""
-    if x_TD.device.type != "cpu" or experts.data.device.type != "cpu":
+    if not (x_TD.is_cpu and experts.data.is_cpu):
         return "it needs tensors on the CPU"
     if x_TD.dtype not in DTYPES:
         return f"it needs float32 or bfloat16 tokens, got {x_TD.dtype}"
@@ -169,9 +169,10 @@ def _describe(
     )
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The same matrix with each row contiguous."""
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+def _rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """The same matrix with each row contiguous, and the distance of its rows."""
+    stride, inner = tensor.stride()
+    return (tensor, stride) if inner == 1 else (tensor.contiguous(), tensor.shape[1])
 
 
 def _run_packed(
@@ -187,14 +188,16 @@ def _run_packed(
 ) -> Tensor:
     T, D = x_TD.shape
     E, expert_bytes = data.shape
-    x_TD, weights_TE = _rows(x_TD), _rows(weights_TE if weights_TE.dtype == torch.float32 else weights_TE.float())
-    y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    weights_TE = weights_TE if weights_TE.dtype == torch.float32 else weights_TE.float()
+    (x_TD, x_stride), (weights_TE, weights_stride) = _rows(x_TD), _rows(weights_TE)
+    y_TD = x_TD.new_empty(T, D)
     experts = _describe(data.data_ptr(), expert_bytes, E, width, D, format, gated, group_in, group_hidden)
     status = native.function("sparse_ffn")(
-        experts, T, DTYPES[x_TD.dtype], x_TD.data_ptr(), x_TD.stride(0), weights_TE.data_ptr(), weights_TE.stride(0),
+        experts, T, DTYPES[x_TD.dtype], x_TD.data_ptr(), x_stride, weights_TE.data_ptr(), weights_stride,
         threshold, y_TD.data_ptr(),
     )  # fmt: skip
-    native.check(status, "sparse_ffn")
+    if status:
+        native.check(status, "sparse_ffn")
     return y_TD
 
 
@@ -202,12 +205,12 @@ def _run_plain(
     x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor, gate_proj_EFD: Tensor | None
 ) -> Tensor:
     E, width, D = up_proj_EFD.shape
-    x_TD, weights_TE = _rows(x_TD), _rows(weights_TE.float())
+    (x_TD, x_stride), (weights_TE, weights_stride) = _rows(x_TD), _rows(weights_TE.float())
     y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
     gate = None if gate_proj_EFD is None else gate_proj_EFD.data_ptr()
     status = native.function("sparse_ffn_plain")(
         up_proj_EFD.data_ptr(), gate, down_proj_EFD.data_ptr(), E, width, D, x_TD.shape[0], DTYPES[x_TD.dtype],
-        x_TD.data_ptr(), x_TD.stride(0), weights_TE.data_ptr(), weights_TE.stride(0), 0.0, y_TD.data_ptr(),
+        x_TD.data_ptr(), x_stride, weights_TE.data_ptr(), weights_stride, 0.0, y_TD.data_ptr(),
     )  # fmt: skip
     native.check(status, "sparse_ffn")
     return y_TD
