@@ -215,4 +215,4 @@ def test_a_draft_is_kept_when_its_measurement_is_stopped(
     assert load_draft(tmp_path / "model", target.config)
     assert card_of(tmp_path)["steps"] == 2
     assert card_of(tmp_path)["decoding"] is None
-    inspect(tmp_path / "model")
+    inspect(tmp_path / "model", tls_percent=80.0)
