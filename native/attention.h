@@ -6,21 +6,27 @@
 
 namespace blockffn {
 
-// Which positions a step's tokens see: all before the step, themselves and their ancestors.
+// Which positions a step's tokens see: all before their tree, themselves and their ancestors.
 struct Positions {
-  int64_t length;      // before the step
-  int64_t num_tokens;
-  int64_t depth[BLOCKFFN_MAX_STEP];
-  uint64_t visible[BLOCKFFN_MAX_STEP];  // bit j: token j of the step
+  int64_t length;       // before the tree
+  int64_t num_earlier;  // tokens of the tree before the step
+  int64_t num_tokens;   // of the step
+  int64_t depth[BLOCKFFN_MAX_STEP];     // of all tokens of the tree
+  uint64_t visible[BLOCKFFN_MAX_STEP];  // bit j: token j of the tree
 
-  int64_t count() const { return length + num_tokens; }
-  int64_t of(int64_t token) const { return length + depth[token]; }
+  int64_t in_tree() const { return num_earlier + num_tokens; }
+  int64_t count() const { return length + in_tree(); }
+  // Of a token of the step: where it lies in the cache, its position in the text, and what it sees of the tree.
+  int64_t row(int64_t token) const { return length + num_earlier + token; }
+  int64_t of(int64_t token) const { return length + depth[num_earlier + token]; }
+  uint64_t seen_by(int64_t token) const { return visible[num_earlier + token]; }
 
   // False if a parent does not precede its token.
   bool set(const blockffn_step& step) {
     length = step.length;
+    num_earlier = step.num_earlier;
     num_tokens = step.num_tokens;
-    for (int64_t t = 0; t < num_tokens; ++t) {
+    for (int64_t t = 0; t < in_tree(); ++t) {
       const int64_t parent = step.parents ? step.parents[t] : t - 1;
       if (parent < -1 || parent >= t) return false;
       depth[t] = parent < 0 ? 0 : depth[parent] + 1;
@@ -198,12 +204,12 @@ class Attention {
 
   // exp(scores) where the token sees the position, 0 elsewhere; returns their sum.
   float softmax(int64_t token, float* scores) const {
-    const uint64_t visible = positions_.visible[token];
+    const uint64_t visible = positions_.seen_by(token);
     float* own = scores + positions_.length;
-    for (int64_t j = 0; j < positions_.num_tokens; ++j)
+    for (int64_t j = 0; j < positions_.in_tree(); ++j)
       if (!(visible >> j & 1)) own[j] = -__builtin_inff();
     const float total = isa_.exponentials(scores, positions_.count());
-    for (int64_t j = 0; j < positions_.num_tokens; ++j)
+    for (int64_t j = 0; j < positions_.in_tree(); ++j)
       if (!(visible >> j & 1)) own[j] = 0;
     return total;
   }

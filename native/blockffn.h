@@ -21,7 +21,7 @@
 
 #include <stdint.h>
 
-#define BLOCKFFN_API_VERSION 2
+#define BLOCKFFN_API_VERSION 3
 
 #pragma GCC visibility push(default) /* all else in the library is hidden */
 #ifdef __cplusplus
@@ -79,11 +79,11 @@ int32_t blockffn_sparse_ffn_plain(const void* up, const void* gate, const void* 
  * A layer is x += s * attention(norm(x)), then x += s * ffn(norm(x)). Norms are root-mean-square ones; vectors are floats.
  * The parts of `in_proj` lie one after the other, each rounded up to 32 outputs: q, k and v for grouped queries; for latent
  * attention (MLA) the queries' latent, and the keys' latent with the shared rotary key. */
-enum { BLOCKFFN_MAX_STEP = 64 };
+enum { BLOCKFFN_MAX_STEP = 64, BLOCKFFN_MAX_BEST = 64 };
 enum { BLOCKFFN_GROUPED_QUERIES = 0, BLOCKFFN_LATENT = 1 };
 
 typedef struct {
-  const float* attention_norm; /* [hidden_size] */
+  const float* attention_norm; /* [hidden_size] or NULL: none */
   blockffn_matrix in_proj;
   blockffn_matrix out_proj; /* the heads' values, one head after the other */
   /* For latent attention alone. The heads of to_latent (each latent_size x nope_width: the keys' projection, transposed)
@@ -129,13 +129,20 @@ typedef struct {
   /* A packed matrix of vocab_size outputs, or with `embedding_is_plain` rows [vocab_size][hidden_size], f32 or bf16. */
   blockffn_matrix embedding;
   int64_t embedding_is_plain;
-  const float* final_norm;
+  /* A draft model (EAGLE) has these as well, others a fusion without data: x = fusion * [norm(embedding), norm(state)] +
+   * bias, of a token's embedding and of what a target knew of the token before, which the step brings. */
+  const float* embedding_norm;
+  const float* state_norm;
+  const float* fusion_bias; /* [hidden_size] */
+  blockffn_matrix fusion;   /* of 2 * hidden_size inputs */
+  const float* final_norm;  /* or NULL: none */
   blockffn_matrix head;
   const blockffn_layer* layers;
   void* cache; /* blockffn_cache_bytes, zero at first */
 } blockffn_model;
 
-/* Parts of a step whose times can be asked for; the last is norms, routing and waiting for other threads. */
+/* Parts of a step whose times can be asked for; the last is norms, routing and waiting for other threads. Ranking belongs
+ * to the head, a draft's fusion to the projections. */
 enum { BLOCKFFN_PROJECTIONS, BLOCKFFN_ATTENTION, BLOCKFFN_ROUTER, BLOCKFFN_FFN, BLOCKFFN_HEAD, BLOCKFFN_BETWEEN,
        BLOCKFFN_NUM_PARTS };
 
@@ -143,11 +150,16 @@ enum { BLOCKFFN_PROJECTIONS, BLOCKFFN_ATTENTION, BLOCKFFN_ROUTER, BLOCKFFN_FFN, 
 typedef struct {
   int64_t num_tokens; /* 1 .. BLOCKFFN_MAX_STEP */
   const int64_t* tokens;
-  const int64_t* parents; /* of each token, earlier ones of this step; -1: the last position before it. NULL: a chain */
-  int64_t length;         /* positions before the step; it fills the cache's positions from there on, token by token */
+  const int64_t* parents; /* of each token, earlier ones of this tree; -1: the last position before it. NULL: a chain */
+  int64_t length;         /* positions before the tree; it fills the cache's positions from there on, token by token */
+  int64_t num_earlier;    /* tokens of the tree that earlier steps have run: `parents` begins with theirs. Else 0 */
+  const float* states;    /* [num_tokens][hidden_size], for a draft model; else NULL */
   int64_t num_logits;     /* the last so many tokens get logits */
   float* hidden;          /* [num_tokens][hidden_size], after the last norm */
-  float* logits;          /* [num_logits][vocab_size rounded up to 32] */
+  float* logits;          /* [num_logits][head's outputs rounded up to 32]; destroyed where they are ranked */
+  int64_t num_best;       /* up to BLOCKFFN_MAX_BEST and the head's outputs; 0: logits are not ranked */
+  int64_t* best;          /* [num_logits][num_best] outputs of the head with the largest logits, best first, */
+  float* best_log_probs;  /* and the logarithms of their shares in the softmax; -infinity where one is not a number */
   int64_t* num_union;     /* [num_layers]: experts that the tokens activate together; 1 for a dense layer */
   int64_t* num_active;    /* [num_layers][num_tokens] */
   uint8_t* is_active;     /* [num_layers][num_tokens][most experts of a layer], 0 or 1 up to a layer's own; or NULL */
@@ -156,8 +168,8 @@ typedef struct {
 } blockffn_step;
 
 /* One target, one thread at a time: a step writes the cache and the workspace. Different targets run side by side.
- * BLOCKFFN_BAD_ARGUMENT: too many tokens, a token outside the vocabulary, a parent that does not precede its token, or
- * more positions than the cache has. */
+ * BLOCKFFN_BAD_ARGUMENT: too many tokens in the step or its tree, a token outside the vocabulary, a parent that does not
+ * precede its token, more positions than the cache has, or more to rank than there is. */
 int32_t blockffn_decode_step(const blockffn_model* model, const blockffn_step* step);
 int64_t blockffn_cache_bytes(const blockffn_model* model);
 int64_t blockffn_step_workspace(const blockffn_model* model);

@@ -9,6 +9,7 @@
 #include "blockffn.h"
 #include "dispatch.h"
 #include "embedding.h"
+#include "ranking.h"
 #include "sparse_ffn.h"
 
 namespace {
@@ -86,14 +87,15 @@ class DecodeStep {
         num_tokens_(positions.num_tokens),
         most_threads_(num_threads() < model.max_threads ? num_threads() : model.max_threads),
         attention_(model, isa_, positions, most_threads_),
-        first_position_(positions.length),
         positions_(positions),
-        head_(model.head) {}
+        fusion_(model.fusion),
+        head_(model.head),
+        ranking_(isa_, step) {}
 
   // Plans the memory; returns how many bytes it takes.
   int64_t reserve() {
     const int64_t T = num_tokens_;
-    int64_t in_row = head_.strips.activation_bytes(), out_row = 0, in = 0, query = 0, out = 0, router = 0, experts = 0, ffn = 0;
+    int64_t in_row = larger(head_.strips.activation_bytes(), fusion_.strips.activation_bytes()), out_row = 0, in = fusion_.strips.padded_outputs(), query = 0, out = 0, router = 0, experts = 0, ffn = 0;
     for (int64_t i = 0; i < model_.num_layers; ++i) {
       LayerWork work(isa_, model_.layers[i], T, most_threads_);
       in_row = larger(in_row, larger(work.in.strips.activation_bytes(), work.ffn.up().activation_bytes()));
@@ -108,7 +110,7 @@ class DecodeStep {
       work.ffn.reserve(pieces, T * model_.layers[i].experts.num_experts);
       ffn = larger(ffn, pieces.size());
     }
-    floats_ = round_up(larger(model_.hidden_size, larger(model_.query_latent_size, Cache::key_width(model_))), 16);
+    floats_ = round_up(larger(2 * model_.hidden_size, larger(model_.query_latent_size, Cache::key_width(model_))), 16);
     at_layers_ = memory_.reserve(model_.num_layers * static_cast<int64_t>(sizeof(LayerWork)));
     at_x_ = memory_.reserve(T * model_.hidden_size * 4);
     at_floats_ = memory_.reserve(T * floats_ * 4);
@@ -123,6 +125,7 @@ class DecodeStep {
     most_experts_ = experts;
     at_ffn_ = memory_.reserve(ffn);
     attention_.reserve(memory_, most_threads_);
+    ranking_.reserve(memory_, model_.head.outputs);
     return memory_.size();
   }
 
@@ -147,6 +150,7 @@ class DecodeStep {
     router_ = memory_.at<float>(at_router_);
     weights_ = memory_.at<float>(at_weights_);
     attention_.use(memory_);
+    ranking_.use(memory_);
     run_on_threads([](void* self) { static_cast<DecodeStep*>(self)->on_each_thread(); }, this, most_threads_);
   }
 
@@ -160,9 +164,12 @@ class DecodeStep {
     const int64_t index = __atomic_fetch_add(&joined_, 1, __ATOMIC_RELAXED);
     wait_for_all();
     Worker worker{index, __atomic_load_n(&joined_, __ATOMIC_RELAXED), Clock(index == 0 ? step_.seconds : nullptr)};
-    Stretch ahead = layers_[0].in.begin(worker.num_threads);
+    Stretch ahead = model_.fusion.data ? fuse(worker) : layers_[0].in.begin(worker.num_threads);
     for_each_token(worker, embedded_, [&](int64_t t) {
-      embed(model_, step_.tokens[t], x_ + t * model_.hidden_size);
+      if (model_.fusion.data)
+        take_fused(t);
+      else
+        embed(model_, step_.tokens[t], x_ + t * model_.hidden_size);
       prepare_layer(0, t);
     });
     for (int64_t i = 0; i < model_.num_layers; ++i) {
@@ -170,7 +177,33 @@ class DecodeStep {
       ahead = feed_forward(worker, i, ahead);
     }
     multiply(worker, head_, ahead, in_rows_, step_.num_logits, step_.logits, [](int64_t, int64_t) {});
+    if (step_.num_best) {
+      meet(worker, [] {});
+      ranking_.rank_pieces();
+      meet(worker, [&] { ranking_.merge(); });
+    }
     worker.clock.add_to(BLOCKFFN_HEAD);
+  }
+
+  // fusion * [norm(embedding), norm(state)] of a draft model.
+  Stretch fuse(Worker& worker) {
+    const int64_t D = model_.hidden_size;
+    const Stretch ahead = fusion_.begin(worker.num_threads);
+    for_each_token(worker, read_, [&](int64_t t) {
+      float* both = floats(t);
+      embed(model_, step_.tokens[t], both);
+      isa_.normalize(both, model_.embedding_norm, model_.norm_eps, 1, D, both);
+      isa_.normalize(step_.states + t * D, model_.state_norm, model_.norm_eps, 1, D, both + D);
+      prepare(fusion_.strips, both, 2 * D, t, in_rows_);
+    });
+    multiply(worker, fusion_, ahead, in_rows_, num_tokens_, in_, [](int64_t, int64_t) {});
+    worker.clock.add_to(BLOCKFFN_PROJECTIONS);
+    return layers_[0].in.begin(worker.num_threads);
+  }
+  void take_fused(int64_t token) const {
+    const int64_t D = model_.hidden_size;
+    const float* sums = in_ + token * fusion_.strips.padded_outputs();
+    for (int64_t k = 0; k < D; ++k) x_[token * D + k] = sums[k] + model_.fusion_bias[k];
   }
 
   // x += s * out_proj(attention(...)). Each phase gets its first stretch from the one before and returns the next one's.
@@ -274,9 +307,15 @@ class DecodeStep {
   void prepare(const Strips& strips, const float* values, int64_t count, int64_t row, uint8_t* rows) const {
     isa_.prepare[strips.format](values, count, strips.inputs, strips.group, rows + row * strips.activation_bytes());
   }
+  void normalize(const float* x, const float* weight, float* out) const {
+    if (weight)
+      isa_.normalize(x, weight, model_.norm_eps, 1, model_.hidden_size, out);
+    else
+      memcpy(out, x, static_cast<size_t>(model_.hidden_size) * 4);
+  }
   void prepare_layer(int64_t index, int64_t token) const {
     const int64_t D = model_.hidden_size;
-    isa_.normalize(x_ + token * D, model_.layers[index].attention_norm, model_.norm_eps, 1, D, floats(token));
+    normalize(x_ + token * D, model_.layers[index].attention_norm, floats(token));
     prepare(layers_[index].in.strips, floats(token), D, token, in_rows_);
   }
   void prepare_ffn(int64_t index, int64_t token) const {
@@ -288,7 +327,7 @@ class DecodeStep {
   void prepare_head(int64_t token) const {
     const int64_t D = model_.hidden_size, row = token - (num_tokens_ - step_.num_logits);
     float* hidden = step_.hidden + token * D;
-    isa_.normalize(x_ + token * D, model_.final_norm, model_.norm_eps, 1, D, hidden);
+    normalize(x_ + token * D, model_.final_norm, hidden);
     if (row < 0) return;
     for (int64_t k = 0; k < D; ++k) floats(token)[k] = hidden[k] * model_.head_scale;
     prepare(head_.strips, floats(token), D, row, in_rows_);
@@ -305,7 +344,7 @@ class DecodeStep {
     const LayerWork& work = layers_[index];
     const float* row = in_ + token * work.in.strips.padded_outputs();
     float* buffer = floats(token);
-    const int64_t row_in_cache = first_position_ + token, position = positions_.of(token);
+    const int64_t row_in_cache = positions_.row(token), position = positions_.of(token);
     if (is_latent()) {
       isa_.normalize(row, layer.query_norm, model_.latent_norm_eps, 1, model_.query_latent_size, buffer);
       prepare(work.query.strips, buffer, model_.query_latent_size, token, out_rows_);
@@ -367,10 +406,11 @@ class DecodeStep {
   const int64_t num_tokens_;
   const int64_t most_threads_;
   Attention attention_;
-  const int64_t first_position_;
   const Positions& positions_;
+  Product fusion_;
   Product head_;
-  Counter embedded_;
+  Ranking ranking_;
+  Counter read_, embedded_;
   Meeting meeting_;
   int64_t joined_ = 0;
 
@@ -393,7 +433,10 @@ class DecodeStep {
 bool is_valid(const blockffn_model& model, const blockffn_step& step) {
   if (step.num_tokens < 1 || step.num_tokens > BLOCKFFN_MAX_STEP || step.length < 0) return false;
   if (step.num_logits < 0 || step.num_logits > step.num_tokens) return false;
-  if (step.length + step.num_tokens > model.capacity) return false;
+  if (step.num_earlier < 0 || step.num_earlier + step.num_tokens > BLOCKFFN_MAX_STEP) return false;
+  if (step.length + step.num_earlier + step.num_tokens > model.capacity) return false;
+  if (step.num_best < 0 || step.num_best > BLOCKFFN_MAX_BEST || step.num_best > model.head.outputs) return false;
+  if (model.fusion.data && !step.states) return false;
   for (int64_t t = 0; t < step.num_tokens; ++t)
     if (step.tokens[t] < 0 || step.tokens[t] >= model.vocab_size) return false;
   return true;
@@ -416,7 +459,8 @@ extern "C" int64_t blockffn_step_workspace(const blockffn_model* model) {
   constexpr int64_t kMost = BLOCKFFN_MAX_STEP;
   const int64_t most = model->capacity < kMost ? model->capacity : kMost;
   blockffn_step step{};
-  step.num_tokens = most;
+  step.num_tokens = step.num_logits = most;
+  step.num_best = BLOCKFFN_MAX_BEST;
   step.length = model->capacity - most;
   Positions positions;
   positions.set(step);

@@ -72,8 +72,16 @@ class StepCheck {
     Floats hidden(static_cast<size_t>(count * kHidden));
     std::vector<int64_t> num_union(2), num_active(static_cast<size_t>(2 * count));
     void* workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace_.data()) + 63) / 64 * 64);
-    const blockffn_step step{count,           tokens, parents, length, count, hidden.data(), logits_.data(), num_union.data(),
-                             num_active.data(), nullptr, workspace, nullptr};
+    blockffn_step step{};
+    step.num_tokens = step.num_logits = count;
+    step.tokens = tokens;
+    step.parents = parents;
+    step.length = length;
+    step.hidden = hidden.data();
+    step.logits = logits_.data();
+    step.num_union = num_union.data();
+    step.num_active = num_active.data();
+    step.workspace = workspace;
     return blockffn_decode_step(&model_, &step);
   }
 

@@ -20,14 +20,17 @@ from blockffn.inference.engine import Engine
 from blockffn.inference.model_target import ModelTarget
 from blockffn.inference.speculative.drafters.eagle import EagleDrafter, eagle_drafter
 from blockffn.inference.speculative.drafters.model import ModelDrafter
+from blockffn.inference.speculative.drafters.native_eagle import NativeEagleDrafter
 from blockffn.inference.speculative.drafters.ngram import NgramDrafter
 from blockffn.inference.speculative.growth import DrawnNodes
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.models.draft import DraftModel
+from blockffn.ops import native
 from tests.inference.speculative.stub_targets import OracleDrafter
 from tests.models.conftest import tiny_model
 
 PROMPT = "naïve words ☕"
+HEAD_DRAFTER = EagleDrafter if native.unavailable() else NativeEagleDrafter
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +147,7 @@ def test_every_draft_is_lossless(name: str, tree: str | int, folder: Path) -> No
     engine = Engine.load(folder, device="cpu", draft=named.get(name, name), tree=tree)
     assert engine.speculation is not None
     assert (engine.speculation.shaper is not None) == (tree == "auto")
-    expected = {"ngram": NgramDrafter, "folder of a model": ModelDrafter}.get(name, EagleDrafter)
+    expected = {"ngram": NgramDrafter, "folder of a model": ModelDrafter}.get(name, HEAD_DRAFTER)
     assert type(engine.speculation.drafter) is expected
     for settings in SETTINGS[::2]:
         completion = engine.generate("words words words", max_new_tokens=20, check_lossless=True, **settings)
@@ -197,7 +200,7 @@ def test_the_draft_beside_the_model_is_found(folder: Path, tmp_path: Path) -> No
     assert find_draft(tmp_path / "other") == tmp_path / "other" / "draft"
     engine = Engine.load(folder, device="cpu", draft=tmp_path / "other" / "draft", tree=4)
     assert engine.speculation is not None
-    assert type(engine.speculation.drafter) is EagleDrafter
+    assert type(engine.speculation.drafter) is HEAD_DRAFTER
 
 
 def test_a_batch_has_no_drafts(model: BlockFFNForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

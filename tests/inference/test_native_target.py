@@ -16,6 +16,7 @@ from blockffn.checkpoints.quantization_config import BlockFFNQuantizationConfig
 from blockffn.checkpoints.quantize import pack_model, unpack_model
 from blockffn.inference.decode import GenerationSettings, generate
 from blockffn.inference.model_target import ModelTarget
+from blockffn.inference.native_model import why_not_native
 from blockffn.inference.native_target import NativeTarget
 from blockffn.inference.target import Step, Target, prefill
 from blockffn.models.causal_lm import BlockFFNForCausalLM
@@ -275,3 +276,10 @@ def test_misuse_is_refused() -> None:
         NativeTarget(tiny_model(max_position_embeddings=128)).extend(ids(65), torch.full((65,), -1))
     with pytest.raises(ValueError, match="the cache is float32 or bfloat16"):
         NativeTarget(tiny_model(), cache_dtype=torch.float16)
+
+
+def test_another_epsilon_of_the_router_is_refused() -> None:
+    reason = why_not_native(tiny_model(router_norm_eps=1.0))
+    assert reason is not None
+    assert "epsilon" in reason
+    assert why_not_native(tiny_model()) is None

@@ -9,13 +9,16 @@ from blockffn.checkpoints.draft import is_draft, load_draft
 from blockffn.checkpoints.files import open_tensors
 from blockffn.checkpoints.load import load, model_folder
 from blockffn.inference.backends import make_target
+from blockffn.inference.native_draft import NativeDraft
+from blockffn.inference.native_target import NativeTarget
 from blockffn.inference.speculative.cost import calibrate, milliseconds_per_level
 from blockffn.inference.speculative.decode import Speculation
 from blockffn.inference.speculative.drafters import Drafter
-from blockffn.inference.speculative.drafters.eagle import eagle_drafter
+from blockffn.inference.speculative.drafters.eagle import EagleDrafter, eagle_drafter
 from blockffn.inference.speculative.drafters.model import ModelDrafter
+from blockffn.inference.speculative.drafters.native_eagle import NativeEagleDrafter
 from blockffn.inference.speculative.drafters.ngram import NgramDrafter
-from blockffn.inference.speculative.growth import BestNodes, Budget
+from blockffn.inference.speculative.growth import BestNodes, Budget, Growth
 from blockffn.inference.speculative.shaping import CostAwareShaper
 from blockffn.inference.target import Target
 from blockffn.models.causal_lm import BlockFFNForCausalLM
@@ -54,7 +57,7 @@ def make_speculation(
     automatic = tree == "auto"
     if not automatic and (isinstance(tree, (str, bool)) or not 1 <= tree <= LARGEST):
         raise ValueError(f"tree must be 'auto' or a number of draft tokens from 1 to {LARGEST}, got {tree!r}")
-    drafter = make_drafter(model, draft, size=LARGEST_BY_COST if automatic else int(tree))
+    drafter = make_drafter(model, draft, size=LARGEST_BY_COST if automatic else int(tree), target=target)
     if not automatic:
         return Speculation(drafter, most=Budget(nodes=int(tree), depth=DEEPEST))
     most = Budget(nodes=LARGEST_BY_COST, depth=DEEPEST)
@@ -69,15 +72,20 @@ def make_speculation(
     return Speculation(drafter, shaper, most)
 
 
-def make_drafter(model: BlockFFNForCausalLM, draft: Draft, *, size: int, branches: int = 8) -> Drafter:
-    """The drafter behind `draft`, with trees of `size` nodes; one branch makes chains. Errors as above."""
+def make_drafter(
+    model: BlockFFNForCausalLM, draft: Draft, *, size: int, branches: int = 8, target: Target | None = None
+) -> Drafter:
+    """The drafter behind `draft`, with trees of `size` nodes; one branch makes chains. Errors as above.
+
+    Beside a `NativeTarget` a trained draft runs natively too, in the same precision.
+    """
     if draft == "ngram":
         return NgramDrafter(depth=min(size, DEEPEST), size=size, branches=min(branches, 4))
     # Every level of a trained draft's tree is a run of it.
     depth = size if branches == 1 else min(size, 5)
     growth = BestNodes(top_k=min(size, branches), depth=depth, size=size)
     if isinstance(draft, DraftModel):
-        return eagle_drafter(draft, model, growth=growth)
+        return trained_drafter(draft, model, target, growth=growth)
     if not isinstance(draft, (str, Path)):
         return draft
     folder, weights = Path(draft), model.model.norm.weight
@@ -86,6 +94,16 @@ def make_drafter(model: BlockFFNForCausalLM, draft: Draft, *, size: int, branche
     folder = model_folder(folder)
     if is_draft(open_tensors(folder)):
         trained = load_draft(folder, model.config, dtype=weights.dtype).to(weights.device)
-        return eagle_drafter(trained, model, growth=growth)
+        return trained_drafter(trained, model, target, growth=growth)
     small = make_target(load(folder, device=weights.device))
     return ModelDrafter(small, vocab_size=model.config.vocab_size, growth=growth)
+
+
+def trained_drafter(
+    draft: DraftModel, model: BlockFFNForCausalLM, target: Target | None, *, growth: Growth | None = None
+) -> EagleDrafter | NativeEagleDrafter:
+    """The drafter of an EAGLE draft: native where its target is, else by PyTorch."""
+    if not isinstance(target, NativeTarget):
+        return eagle_drafter(draft, model, growth=growth)
+    native = NativeDraft(draft, model, target.weights, capacity=target.capacity)
+    return NativeEagleDrafter(native, growth=growth)

@@ -136,18 +136,18 @@ class NativeTarget:
             if count > native.MAX_STEP:
                 marks = torch.zeros(layers, size, self.weights.most_experts, dtype=torch.uint8)
             step = native.Step(
-                size,
-                tokens.data_ptr() + 8 * begin,
-                None if parents is None else parents.data_ptr(),
-                self._length + begin,
-                min(size, max(begin + size - (count - num_logits), 0)),
-                hidden.data_ptr() + 4 * begin * self._hidden_size,
-                logits.data_ptr() + 4 * first_logit * self._padded_vocab,
-                union.data_ptr(),
-                active.data_ptr(),
-                None if marks is None else marks.data_ptr(),
-                self._workspace.data_ptr(),
-                self._seconds.data_ptr() if self.times else None,
+                num_tokens=size,
+                tokens=tokens.data_ptr() + 8 * begin,
+                parents=None if parents is None else parents.data_ptr(),
+                length=self._length + begin,
+                num_logits=min(size, max(begin + size - (count - num_logits), 0)),
+                hidden=hidden.data_ptr() + 4 * begin * self._hidden_size,
+                logits=logits.data_ptr() + 4 * first_logit * self._padded_vocab,
+                num_union=union.data_ptr(),
+                num_active=active.data_ptr(),
+                is_active=None if marks is None else marks.data_ptr(),
+                workspace=self._workspace.data_ptr(),
+                seconds=self._seconds.data_ptr() if self.times else None,
             )
             if native.function("decode_step")(self._model, ctypes.byref(step)):
                 raise ValueError(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-API_VERSION = 2
+API_VERSION = 3
 LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 FORMATS = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3}
@@ -99,6 +99,10 @@ class Model(Structure):
         ("rotary", c_void_p),
         ("embedding", Matrix),
         ("embedding_is_plain", c_int64),
+        ("embedding_norm", c_void_p),
+        ("state_norm", c_void_p),
+        ("fusion_bias", c_void_p),
+        ("fusion", Matrix),
         ("final_norm", c_void_p),
         ("head", Matrix),
         ("layers", POINTER(Layer)),
@@ -106,7 +110,7 @@ class Model(Structure):
     )
 
 
-MAX_STEP = 64  # tokens
+MAX_STEP = MAX_BEST = 64  # tokens of a step, and that can be asked for as the best
 ATTENTION = {"gqa": 0, "mla": 1}
 PARTS = ("projections", "attention", "router", "ffn", "head", "between")  # of a step's time
 
@@ -119,9 +123,14 @@ class Step(Structure):
         ("tokens", c_void_p),
         ("parents", c_void_p),
         ("length", c_int64),
+        ("num_earlier", c_int64),
+        ("states", c_void_p),
         ("num_logits", c_int64),
         ("hidden", c_void_p),
         ("logits", c_void_p),
+        ("num_best", c_int64),
+        ("best", c_void_p),
+        ("best_log_probs", c_void_p),
         ("num_union", c_void_p),
         ("num_active", c_void_p),
         ("is_active", c_void_p),

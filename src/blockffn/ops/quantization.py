@@ -119,6 +119,26 @@ def unpack_rows(packed: Tensor, layout: MatrixLayout, rows: Tensor) -> Tensor:
     return values.flatten(1)[:, : layout.inputs].view(*rows.shape, layout.inputs)
 
 
+def take_rows(matrix: PackedMatrix, rows: Tensor) -> PackedMatrix:
+    """Rows `[N]` (indices) of a packed matrix of any format as one of its own, with the same codes and scales."""
+    layout = matrix.layout
+    taken = MatrixLayout(layout.format, len(rows), layout.inputs, layout.group_size)
+    padded = F.pad(rows, (0, taken.strips * STRIP - len(rows)))  # what fills the last strip is never read
+
+    def take(lanes: Tensor) -> Tensor:
+        """`[S, M, 32, bytes]` of all strips to `[S', M * 32 * bytes]` of these rows."""
+        chosen = lanes.transpose(1, 2).flatten(0, 1)[padded]
+        return chosen.unflatten(0, (taken.strips, STRIP)).transpose(1, 2).flatten(1)
+
+    if layout.group_size == 0:
+        return PackedMatrix(take(matrix.data.view(layout.strips, -1, STRIP, 4)).flatten(), taken)
+    blocks = matrix.data.view(layout.strips, layout.padded_inputs // layout.group_size, -1)
+    groups = blocks.shape[1]
+    scales = take(blocks[..., : STRIP * 2].unflatten(-1, (STRIP, 2))).view(taken.strips, groups, -1)
+    codes = take(blocks[..., STRIP * 2 :].reshape(layout.strips, -1, STRIP, 4)).view(taken.strips, groups, -1)
+    return PackedMatrix(torch.cat([scales, codes], dim=-1).flatten(), taken)
+
+
 def quantize(weight: Tensor, *, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     """Round `[..., K]` to `scale * (code - 2**(bits - 1))`, one scale for each group along the last dimension.
 

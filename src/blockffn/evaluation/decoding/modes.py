@@ -10,8 +10,7 @@ from blockffn.evaluation.decoding.oracle import OracleDrafter, PricedDrafter, ra
 from blockffn.evaluation.decoding.prompts import EncodedPrompt
 from blockffn.evaluation.decoding.ways import Decoder, greedy
 from blockffn.inference.decode import generate
-from blockffn.inference.drafts import LARGEST_BY_COST, Draft, make_speculation
-from blockffn.inference.speculative.drafters.eagle import eagle_drafter
+from blockffn.inference.drafts import LARGEST_BY_COST, Draft, make_speculation, trained_drafter
 from blockffn.inference.speculative.growth import BestNodes
 from blockffn.inference.target import Target
 from blockffn.models.causal_lm import BlockFFNForCausalLM
@@ -67,7 +66,7 @@ class Subject:
             return oracle
         dtype = self.model.model.norm.weight.dtype
         head = random_eagle_head(self.model.config, dtype=dtype).to(self.model.model.norm.weight.device)
-        return PricedDrafter(oracle, eagle_drafter(head, self.model, growth=growth))
+        return PricedDrafter(oracle, trained_drafter(head, self.model, self.target, growth=growth))
 
 
 def oracle_rate(draft: str) -> float:

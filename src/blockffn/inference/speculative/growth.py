@@ -15,7 +15,11 @@ from torch import Tensor
 from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
 
 Expand = Callable[[DraftTree, list[int]], Tensor]
-"""Given the tree so far and nodes of it (or -1), their children's log-probabilities `[K, V']` (float32)."""
+"""Given the tree so far and nodes of it (or -1), their children's log-probabilities `[K, V']` (float32).
+
+One that can name the most probable children without writing all probabilities has a method `best(tree, nodes, top_k)`
+for it, which gives their log-probabilities and indices `[K, top_k]`, the most probable first, and is called instead.
+"""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def grow(expand: Expand, *, top_k: int, depth: int, size: int, token_ids: Tensor
     tree = no_tree()
     level = [ROOT]
     for _ in range(depth if size > 0 else 0):
-        values, indices = (t.cpu() for t in _top(expand(tree, level), top_k))
+        values, indices = (t.cpu() for t in _top(expand, tree, level, top_k))
         keep = values.flatten().isfinite()
         parents = torch.tensor(level).repeat_interleave(values.shape[1])[keep]
         tokens = indices.flatten()[keep] if token_ids is None else token_ids.cpu()[indices.flatten()[keep]]
@@ -118,7 +122,12 @@ def grow(expand: Expand, *, top_k: int, depth: int, size: int, token_ids: Tensor
     return tree.best(size)
 
 
-def _top(log_probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def _top(expand: Expand, tree: DraftTree, level: list[int], top_k: int) -> tuple[Tensor, Tensor]:
+    own = getattr(expand, "best", None)
+    if own is not None:
+        found: tuple[Tensor, Tensor] = own(tree, level, top_k)
+        return found
+    log_probs = expand(tree, level)
     top = log_probs.float().topk(min(top_k, log_probs.shape[-1]), dim=-1)
     return top.values, top.indices
 

@@ -1,0 +1,99 @@
+"""The EAGLE head as drafter on the CPU: `EagleDrafter`, with each level of a tree in one call of the kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blockffn.inference.native_draft import NativeDraft
+from blockffn.inference.speculative.growth import BestNodes, Budget, Growth
+from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
+from blockffn.ops.native import MAX_STEP
+
+
+class NativeEagleDrafter:
+    """Drafts as `EagleDrafter` does, which is its reference.
+
+    Args:
+        growth: how distributions become a tree; of `BestNodes`' only the best tokens leave the kernels.
+    """
+
+    def __init__(
+        self, draft: NativeDraft, *, growth: Growth | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        self.draft = draft
+        self._growth, self._generator = BestNodes() if growth is None else growth, generator
+        self.start(torch.empty(0))
+
+    @property
+    def deterministic(self) -> bool:
+        return self._growth.deterministic
+
+    def start(self, prompt: Tensor) -> None:
+        self._length = 0  # rows in the draft's cache whose states are the target's
+        self._unseen: list[Tensor] = []  # states that it does not hold
+
+    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
+        self._unseen.append(hidden)
+
+    @torch.no_grad()
+    def propose(self, context: Tensor, budget: Budget) -> DraftTree:
+        """See `Drafter`.
+
+        Raises:
+            ValueError: `observe` has not been given the states of all tokens but the last, or a level that does not
+                fit (`NativeDraft.run`).
+        """
+        if budget.nodes < 1 or budget.depth < 1:
+            return no_tree()
+        known, new = len(context) - 1, sum(map(len, self._unseen))
+        if self._length + new != known or not new:
+            raise ValueError(f"a context of {known + 1} tokens needs the states of {known}, got {self._length + new}")
+        levels = _Levels(self.draft, context[self._length + 1 :], torch.cat(self._unseen), length=self._length)
+        self._length, self._unseen = known, []
+        return self._growth(
+            levels, budget, vocab_size=self.draft.description.vocab_size, token_ids=self.draft.token_ids,
+            generator=self._generator,
+        )  # fmt: skip
+
+
+class _Levels:
+    """Runs a draft over one tree, level after level; first over what the target has said since, which gives the root's
+    children."""
+
+    def __init__(self, draft: NativeDraft, tokens: Tensor, states: Tensor, *, length: int) -> None:
+        self._draft, self._tokens, self._states, self._length = draft, tokens, states, length
+        self._outputs = torch.empty(0, draft.hidden_size)  # of the root, then of the nodes in the order of their runs
+        self._row = {ROOT: -1}
+        self._parents: list[int] = []
+
+    def __call__(self, tree: DraftTree, nodes: list[int]) -> Tensor:
+        return self._run(tree, nodes, num_best=0)[0].log_softmax(dim=-1)
+
+    def best(self, tree: DraftTree, nodes: list[int], top_k: int) -> tuple[Tensor, Tensor]:
+        """See `Expand`."""
+        return self._run(tree, nodes, num_best=top_k)
+
+    def _run(self, tree: DraftTree, nodes: list[int], *, num_best: int) -> tuple[Tensor, Tensor]:
+        if nodes == [ROOT]:
+            return self._catch_up(num_best)
+        above = [self._row[tree.parent_list[node]] for node in nodes]
+        self._row.update({node: len(self._parents) + i for i, node in enumerate(nodes)})
+        self._parents += above
+        outputs, values, indices = self._draft.run(
+            tree.tokens[nodes], self._outputs[[row + 1 for row in above]], length=self._length,
+            parents=torch.tensor(self._parents), num_logits=len(nodes), num_best=num_best,
+        )  # fmt: skip
+        self._outputs = torch.cat((self._outputs, outputs))
+        return values, indices
+
+    def _catch_up(self, num_best: int) -> tuple[Tensor, Tensor]:
+        pieces = list(zip(self._tokens.split(MAX_STEP), self._states.split(MAX_STEP)))
+        for i, (tokens, states) in enumerate(pieces, start=1):
+            last = i == len(pieces)
+            outputs, values, indices = self._draft.run(
+                tokens, states, length=self._length, num_logits=int(last), num_best=num_best
+            )
+            self._length += len(tokens)
+        self._outputs = outputs[-1:]
+        return values, indices
