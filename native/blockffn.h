@@ -96,10 +96,11 @@ typedef struct {
 
   const float* ffn_norm; /* [hidden_size] */
   /* A dense FFN is one gated expert with a router without data. Else a token's routing weights are r = max(0, router *
-   * x), divided by sqrt(mean(r²) + eps) if `router_normalizes`, times `router_scale` if given. */
+   * x), divided by sqrt(mean(r²) + router_eps) if `router_normalizes`, times `router_scale` if given. */
   blockffn_matrix router;
   const float* router_scale; /* [num_experts] or NULL */
   int32_t router_normalizes;
+  float router_eps;
   float threshold;
   blockffn_experts experts;
 } blockffn_layer;

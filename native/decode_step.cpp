@@ -396,7 +396,7 @@ class DecodeStep {
       squares += weights[e] * weights[e];
     }
     const float factor =
-        layer.router_normalizes ? 1 / __builtin_sqrtf(squares / static_cast<float>(E) + model_.norm_eps) : 1;
+        layer.router_normalizes ? 1 / __builtin_sqrtf(squares / static_cast<float>(E) + layer.router_eps) : 1;
     for (int64_t e = 0; e < E; ++e) weights[e] *= factor * (layer.router_scale ? layer.router_scale[e] : 1);
   }
 

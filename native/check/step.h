@@ -126,6 +126,7 @@ class StepCheck {
       layer.router = matrix(num_experts, kHidden);
       layer.router_scale = vector(num_experts);
       layer.router_normalizes = 1;
+      layer.router_eps = 1e-5f;
     }
     return layer;
   }

@@ -278,8 +278,12 @@ def test_misuse_is_refused() -> None:
         NativeTarget(tiny_model(), cache_dtype=torch.float16)
 
 
-def test_another_epsilon_of_the_router_is_refused() -> None:
-    reason = why_not_native(tiny_model(router_norm_eps=1.0))
-    assert reason is not None
-    assert "epsilon" in reason
-    assert why_not_native(tiny_model()) is None
+def test_the_routers_norm_has_an_epsilon_of_its_own() -> None:
+    model = tiny_model(router_norm_eps=1.0)
+    tokens = ids(9)
+    with_epsilon = [prefill(target, tokens) for target in both(model)]
+    assert_same(*with_epsilon)
+    for layer in model.model.layers:
+        layer.mlp.router.norm.eps = model.config.rms_norm_eps
+    without = prefill(ModelTarget(model), tokens)
+    assert (without.logits - with_epsilon[0].logits).abs().max() > 1e-2

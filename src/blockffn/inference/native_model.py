@@ -42,8 +42,6 @@ def _why_not_config(config: BlockFFNConfig) -> str | None:
     if config.ffn_type == "moe":
         if config.router_type not in ("relu_rmsnorm", "relu", "relu_scaled"):
             return f"it has no router of the type {config.router_type!r}"
-        if config.router_norm_eps not in (None, config.rms_norm_eps):
-            return f"its routers' norm has the model's epsilon {config.rms_norm_eps}, not {config.router_norm_eps}"
         if config.num_shared_experts:
             return f"it has no shared experts, the model has {config.num_shared_experts}"
         if config.expert_activation != "silu":

@@ -126,6 +126,7 @@ class NativeWeights:
         result.router = self.matrix(pack_linear(router.proj.weight, format=STORED[router.proj.weight.dtype]))
         if isinstance(router, ReLURMSNormRouter):
             result.router_scale, result.router_normalizes = self.vector(router.norm.weight), 1
+            result.router_eps = router.norm.eps
         else:
             assert isinstance(router, ReLURouter)
             result.router_scale = None if router.scale is None else self.vector(router.scale.weight)

@@ -67,6 +67,7 @@ class Layer(Structure):
         ("router", Matrix),
         ("router_scale", c_void_p),
         ("router_normalizes", c_int32),
+        ("router_eps", c_float),
         ("threshold", c_float),
         ("experts", Experts),
     )
