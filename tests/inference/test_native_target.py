@@ -16,7 +16,6 @@ from blockffn.checkpoints.quantization_config import BlockFFNQuantizationConfig
 from blockffn.checkpoints.quantize import pack_model, unpack_model
 from blockffn.inference.decode import GenerationSettings, generate
 from blockffn.inference.model_target import ModelTarget
-from blockffn.inference.native_model import why_not_native
 from blockffn.inference.native_target import NativeTarget
 from blockffn.inference.target import Step, Target, prefill
 from blockffn.models.causal_lm import BlockFFNForCausalLM
