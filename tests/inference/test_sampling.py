@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from blockffn.inference.sampling import SamplingSettings, choose, probabilities
+from blockffn.inference.sampling import MOST_LIKELY, SamplingSettings, choose, draw, probabilities
 
 HISTORY = torch.tensor([3, 3, 8, 20])
 
@@ -76,3 +76,24 @@ def test_draws_follow_the_probabilities_and_the_seed() -> None:
 def test_a_wrong_setting_is_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} must"):
         SamplingSettings(**{name: value})
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 6.0])
+def test_top_p_of_a_large_vocabulary_is_that_of_hugging_face(sharpness: float) -> None:
+    """Flat distributions need more than the tokens that are looked at first, steep ones a few of them."""
+    logits = sharpness * torch.randn(3, 6 * MOST_LIKELY)
+    logits[1] *= 3  # rows that need more and rows that do not
+    settings = SamplingSettings(temperature=1.0, top_p=0.9)
+    expected = TopPLogitsWarper(0.9)(None, logits.clone()).softmax(-1)
+    torch.testing.assert_close(probabilities(logits, None, settings), expected)
+
+
+def test_a_draw_has_the_given_shares_and_never_takes_what_has_none() -> None:
+    shares = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    count = 4000
+    drawn = torch.bincount(torch.tensor([draw(2 * shares, generator) for _ in range(count)]), minlength=6)
+    assert not drawn[shares == 0].any()
+    expected = count * shares[shares > 0]
+    chi_square = ((drawn[shares > 0] - expected).square() / expected).sum()
+    assert chi_square < 13.8  # 2 degrees of freedom, one in a thousand

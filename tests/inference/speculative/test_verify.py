@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blockffn.inference.sampling import SamplingSettings, probabilities
+from blockffn.inference.sampling import SamplingSettings, draw, probabilities
 from blockffn.inference.speculative.growth import BestNodes, Budget, DrawnNodes
 from blockffn.inference.speculative.tree import DraftTree, chain, no_tree
 from blockffn.inference.speculative.verify import verify_greedy, verify_sampling
@@ -59,7 +59,7 @@ def test_a_tree_without_chance_gives_the_tokens_of_plain_sampling_with_the_same_
         generator = torch.Generator().manual_seed(seed)
         token, plain = 0, []
         for _ in range(len(verdict.path) + 1):
-            token = int(torch.multinomial(TARGET[token], 1, generator=generator))
+            token = draw(TARGET[token], generator)
             plain.append(token)
         assert [*tree.tokens[verdict.path].tolist(), verdict.bonus] == plain
 

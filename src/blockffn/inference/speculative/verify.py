@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockffn.inference.sampling import SamplingSettings, choose, probabilities
+from blockffn.inference.sampling import SamplingSettings, choose, draw, probabilities
 from blockffn.inference.speculative.tree import ROOT, DraftTree
 
 
@@ -78,7 +78,7 @@ def verify_sampling(
             q = tree.distributions[node + 1].to(p.device, torch.float32)
             accepted, p = _accept_drawn(tree, children, p, q, generator)
             follow = [] if accepted is None else [accepted]
-            token = int(torch.multinomial(p, 1, generator=generator)) if accepted is None else ROOT
+            token = draw(p, generator) if accepted is None else ROOT
         if not follow:
             return Verdict(path, token)
         # Of equal siblings the one with children promises more.
