@@ -65,7 +65,37 @@ class EagleHead(Protocol):
         ...
 
 
-class EagleDrafter:
+class StatesDrafter:
+    """What drafters that read the target's states share: how a tree grows, and the states that they have not read."""
+
+    def __init__(self, growth: Growth | None, generator: torch.Generator | None) -> None:
+        self._growth, self._generator = BestNodes() if growth is None else growth, generator
+        self._unseen: list[Tensor] = []  # states of the target that the draft's cache does not hold
+
+    @property
+    def deterministic(self) -> bool:
+        return self._growth.deterministic
+
+    def start(self, prompt: Tensor) -> None:
+        self._unseen = []
+
+    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
+        self._unseen.append(hidden)
+
+    def _take_unseen(self, known: int, held: int) -> Tensor:
+        """States `[known - held, D]` behind the `held` ones that the draft's cache has.
+
+        Raises:
+            ValueError: `observe` has not been given all of them, or there are none.
+        """
+        new = sum(map(len, self._unseen))
+        if held + new != known or not new:
+            raise ValueError(f"a context of {known + 1} tokens needs the states of {known}, got {held + new}")
+        states, self._unseen = torch.cat(self._unseen), []
+        return states
+
+
+class EagleDrafter(StatesDrafter):
     """Drafts with an EAGLE head.
 
     Args:
@@ -87,21 +117,14 @@ class EagleDrafter:
         growth: Growth | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
+        super().__init__(growth, generator)
         self._head, self._embed, self.logits = head, embed, logits
         self._vocab_size, self._token_ids = vocab_size, token_ids
-        self._growth, self._generator = BestNodes() if growth is None else growth, generator
-        self.start(torch.empty(0))
-
-    @property
-    def deterministic(self) -> bool:
-        return self._growth.deterministic
+        self._cache = RowCache()
 
     def start(self, prompt: Tensor) -> None:
+        super().start(prompt)
         self._cache = RowCache()
-        self._unseen: list[Tensor] = []  # states of the target that the head's cache does not hold
-
-    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
-        self._unseen.append(hidden)
 
     @torch.no_grad()
     def propose(self, context: Tensor, budget: Budget) -> DraftTree:
@@ -136,14 +159,11 @@ class EagleDrafter:
 
     def _catch_up(self, context: Tensor, known: int) -> Tensor:
         """Run the head over the states that the target has computed since; the last output describes the next token."""
-        start, new = self._cache.length, sum(map(len, self._unseen))
-        if start + new != known or not new:
-            raise ValueError(f"a context of {known + 1} tokens needs the states of {known}, got {start + new}")
-        mask = torch.full((new, known), -torch.inf).triu(start + 1)
+        start = self._cache.length
+        states = self._take_unseen(known, start)
+        mask = torch.full((len(states), known), -torch.inf).triu(start + 1)
         positions = torch.arange(start, known)
-        out = self._run(context[start + 1 :], torch.cat(self._unseen), positions, mask)
-        self._unseen = []
-        return out[-1]
+        return self._run(context[start + 1 :], states, positions, mask)[-1]
 
     def _run(self, tokens: Tensor, hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         device = hidden.device

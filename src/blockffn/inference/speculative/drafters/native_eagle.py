@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from blockffn.inference.native_draft import NativeDraft
-from blockffn.inference.speculative.growth import BestNodes, Budget, Growth
+from blockffn.inference.speculative.drafters.eagle import StatesDrafter
+from blockffn.inference.speculative.growth import Budget, Growth
 from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
 from blockffn.ops.native import MAX_STEP
 
 
-class NativeEagleDrafter:
+class NativeEagleDrafter(StatesDrafter):
     """Drafts as `EagleDrafter` does, which is its reference.
 
     Args:
@@ -21,20 +22,13 @@ class NativeEagleDrafter:
     def __init__(
         self, draft: NativeDraft, *, growth: Growth | None = None, generator: torch.Generator | None = None
     ) -> None:
+        super().__init__(growth, generator)
         self.draft = draft
-        self._growth, self._generator = BestNodes() if growth is None else growth, generator
-        self.start(torch.empty(0))
-
-    @property
-    def deterministic(self) -> bool:
-        return self._growth.deterministic
+        self._length = 0  # rows in the draft's cache whose states are the target's
 
     def start(self, prompt: Tensor) -> None:
-        self._length = 0  # rows in the draft's cache whose states are the target's
-        self._unseen: list[Tensor] = []  # states that it does not hold
-
-    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
-        self._unseen.append(hidden)
+        super().start(prompt)
+        self._length = 0
 
     @torch.no_grad()
     def propose(self, context: Tensor, budget: Budget) -> DraftTree:
@@ -46,11 +40,10 @@ class NativeEagleDrafter:
         """
         if budget.nodes < 1 or budget.depth < 1:
             return no_tree()
-        known, new = len(context) - 1, sum(map(len, self._unseen))
-        if self._length + new != known or not new:
-            raise ValueError(f"a context of {known + 1} tokens needs the states of {known}, got {self._length + new}")
-        levels = _Levels(self.draft, context[self._length + 1 :], torch.cat(self._unseen), length=self._length)
-        self._length, self._unseen = known, []
+        known = len(context) - 1
+        states = self._take_unseen(known, self._length)
+        levels = _Levels(self.draft, context[self._length + 1 :], states, length=self._length)
+        self._length = known
         return self._growth(
             levels, budget, vocab_size=self.draft.description.vocab_size, token_ids=self.draft.token_ids,
             generator=self._generator,
