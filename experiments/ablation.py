@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import sys
 
-from blockffn.experiments.suite import PUBLISHED_SIZE, Experiment
+from blockffn.experiments.suite import NO_CHUNKS, NO_LOCALITY, PUBLISHED_SIZE, Experiment
 
 SEED = 1
 STEPS = {"mini": 450}
 EXPERTS = {"nano": (32, 16), "mini": (48, 64)}  # number and width in the preset
-
-NO_LOCALITY = "objectives.terms.activation_locality=null"
-NO_CHUNKS = "objectives.terms.chunk_sparsification=null"
 
 
 def steered(objective: str, initial: float) -> str:

@@ -9,25 +9,15 @@ from __future__ import annotations
 
 import sys
 
-from blockffn.experiments.suite import PUBLISHED_SIZE, Experiment
+from blockffn.experiments.suite import NO_CHUNKS, NO_LOCALITY, PUBLISHED_SIZE, Experiment
 
 STEPS = 300
 SEED = 0
 SHORT = ("schedule.warmup_steps=30",)
-GENTLE_CHUNKS = (
-    "objectives.terms.chunk_sparsification={kind: set_point, initial: 0.03, target: 80.5, observes: tls, interval: 10, "
-    "response_steps: 60, warmup_steps: 50}"
-)
-SOFT_LOCALITY = (
-    "objectives.terms.activation_locality={kind: set_point, initial: 1e-4, target: 72.5, observes: cls8, interval: 10, "
-    "response_steps: 60, warmup_steps: 100}"
-)
 ROUTER_RATE = "optimizer.router_learning_rate=0.002"
 START_STEPS = 450
 WHOLE_STEPS = 900
 WHOLE_WARMUP = ("schedule.warmup_steps=60",)
-NO_LOCALITY = "objectives.terms.activation_locality=null"
-NO_CHUNKS = "objectives.terms.chunk_sparsification=null"
 # The published recipe starts with attention far weaker than the FFN, which costs a short run most of its time.
 STARTS = {
     "kv_b-0.1": ["model.kv_b_initializer_range=0.1"],
@@ -76,10 +66,7 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
         "cs": [NO_LOCALITY],
         "al-0.0001": [locality_of(1e-4)],
         "al-0.0003": [locality_of(3e-4)],
-        "al-steered": [
-            "objectives.terms.activation_locality={kind: set_point, initial: 3e-4, target: 72, observes: cls8, "
-            "interval: 10, response_steps: 60, warmup_steps: 100}"
-        ],
+        "al-steered": [held_locality("3e-4", 72)],
         "al-0.0003-router-0.001": [locality_of(3e-4), "optimizer.router_learning_rate=0.001"],
         "al-0.0003-balance": [locality_of(3e-4), "objectives.terms.load_balancing={kind: constant, value: 0.001}"],
         "al-0.0003-shared": [locality_of(3e-4), "model.num_shared_experts=2"],
@@ -87,7 +74,7 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
     }.items():
         add(f"then-{label}", f"scale 0.1, {label}", *STARTS["kv_b-0.1"], "model.router_scale_initializer=0.1",
             *([] if "router-" in label else [ROUTER_RATE]), *changes, steps=START_STEPS)  # fmt: skip
-    gentle = [*STARTS["kv_b-0.1"], locality_of(2e-4), GENTLE_CHUNKS]
+    gentle = [*STARTS["kv_b-0.1"], locality_of(2e-4), held_chunks(0.03, warmup=50)]
     for label, changes in {
         "router-0.001": [],
         "router-0.0005": ["optimizer.router_learning_rate=0.0005"],
@@ -109,8 +96,7 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
     # What the second half of a run needs that the baselines have: the whole length of the quality suite.
     late = [
         "objectives.terms.activation_locality={kind: constant, value: 1e-3, warmup_steps: 600}",
-        "objectives.terms.chunk_sparsification={kind: set_point, initial: 0.02, target: 80.5, observes: tls, "
-        "interval: 10, response_steps: 60, warmup_steps: 500}",
+        held_chunks(0.02, warmup=500),
     ]
     relu = ["model.router_type=relu", "model.router_initializer_range=0.01"]
     whole = {"steps": WHOLE_STEPS, "warmup": WHOLE_WARMUP}
@@ -127,10 +113,7 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
     }.items():
         add(f"gap-{label}", label, *changes, **whole)
     small = "model.router_initializer_range=0.01"
-    steer = (
-        "objectives.terms.activation_locality={kind: set_point, initial: 3e-4, target: 72.5, observes: cls8, "
-        "interval: 10, response_steps: 60, warmup_steps: 100}"
-    )
+    steer = held_locality("3e-4", 72.5)
     for label, changes in {
         "standard": [],
         "relu": relu,
@@ -144,11 +127,27 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
                 f"soft-{label}",
                 f"both objectives start small, {label}",
                 *changes,
-                SOFT_LOCALITY,
-                GENTLE_CHUNKS,
+                held_locality("1e-4", 72.5),
+                held_chunks(0.03, warmup=50),
                 **whole,
             )
     return runs
+
+
+def held_locality(initial: str, cls8: float) -> str:
+    """Activation locality whose coefficient a controller moves until CLS8 is there."""
+    return (
+        f"objectives.terms.activation_locality={{kind: set_point, initial: {initial}, target: {cls8}, observes: cls8, "
+        "interval: 10, response_steps: 60, warmup_steps: 100}"
+    )
+
+
+def held_chunks(initial: float, *, warmup: int) -> str:
+    """Chunk sparsification that a controller holds at the preset's TLS, from another start."""
+    return (
+        f"objectives.terms.chunk_sparsification={{kind: set_point, initial: {initial}, target: 80.5, observes: tls, "
+        f"interval: 10, response_steps: 60, warmup_steps: {warmup}}}"
+    )
 
 
 def locality_of(value: float) -> str:

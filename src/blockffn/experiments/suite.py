@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PUBLISHED_SIZE = "mini"
+NO_LOCALITY = "objectives.terms.activation_locality=null"
+NO_CHUNKS = "objectives.terms.chunk_sparsification=null"
 
 
 @dataclass(frozen=True)
