@@ -131,14 +131,33 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
                 held_chunks(0.03, warmup=50),
                 **whole,
             )
+    # What the large epsilon leaves to be mended: dead experts. Then how far its other settings matter.
+    soft = [held_locality("1e-4", 72.5), held_chunks(0.03, warmup=50)]
+    eps_1 = [small, "model.router_norm_eps=1.0", "model.router_scale_initializer=1.0"]
+    for label, changes in {
+        "0.01": [*eps_1, *soft, lift(0.01)],
+        "0.1": [*eps_1, *soft, lift(0.1)],
+        "0.01-router-0.002": [*eps_1, *soft, lift(0.01), "optimizer.router_learning_rate=0.002"],
+        "0.01-eps-0.1": [small, "model.router_norm_eps=0.1", *soft, lift(0.01)],
+        "0.01-projection-0.03": ["model.router_initializer_range=0.03", *eps_1[1:], *soft, lift(0.01)],
+        "0.01-cls8-71": [*eps_1, held_locality("1e-4", 71), soft[1], lift(0.01)],
+        "0-slow": [*eps_1, held_locality("1e-4", 72.5, warmup=300), held_chunks(0.03, warmup=300)],
+        "0.01-slow": [*eps_1, held_locality("1e-4", 72.5, warmup=300), held_chunks(0.03, warmup=300), lift(0.01)],
+    }.items():
+        add(f"lift-{label}", f"dead experts lifted, {label}", *changes, **whole)
     return runs
 
 
-def held_locality(initial: str, cls8: float) -> str:
+def lift(value: float) -> str:
+    """A constant lift for experts that a row does not activate."""
+    return f"objectives.terms.dead_experts={{kind: constant, value: {value}}}"
+
+
+def held_locality(initial: str, cls8: float, *, warmup: int = 100) -> str:
     """Activation locality whose coefficient a controller moves until CLS8 is there."""
     return (
         f"objectives.terms.activation_locality={{kind: set_point, initial: {initial}, target: {cls8}, observes: cls8, "
-        "interval: 10, response_steps: 60, warmup_steps: 100}"
+        f"interval: 10, response_steps: 60, warmup_steps: {warmup}}}"
     )
 
 

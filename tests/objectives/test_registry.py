@@ -25,7 +25,9 @@ def routing(logits: torch.Tensor) -> Routing:
 
 
 def random_logits(seed: int) -> torch.Tensor:
-    return torch.randn(4, 16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    logits = torch.randn(4, 16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    logits[..., 0] -= 5  # an expert that no token activates
+    return logits
 
 
 def micro_batches() -> Iterator[slice]:

@@ -13,11 +13,13 @@ Nothing waits for the device, and all of it compiles without graph breaks.
 | `router_entropy` | shares | tokens |
 | `load_balancing` | shares, weights | rows |
 | `token_balance` | logits | pairs |
+| `dead_experts` | logits | rows |
 """
 
 from blockffn.objectives.activation_locality import activation_locality
 from blockffn.objectives.chunk_sparsification import chunk_sparsification
 from blockffn.objectives.counts import objective_counts
+from blockffn.objectives.dead_experts import dead_experts
 from blockffn.objectives.load_balancing import balanced_l1, load_balancing, token_balance
 from blockffn.objectives.registry import OBJECTIVES, objective_terms
 from blockffn.objectives.router_regularization import l1, router_entropy
@@ -27,6 +29,7 @@ __all__ = [
     "activation_locality",
     "balanced_l1",
     "chunk_sparsification",
+    "dead_experts",
     "l1",
     "load_balancing",
     "objective_counts",

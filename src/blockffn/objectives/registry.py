@@ -9,6 +9,7 @@ from torch import Tensor
 
 from blockffn.objectives.activation_locality import activation_locality
 from blockffn.objectives.chunk_sparsification import chunk_sparsification
+from blockffn.objectives.dead_experts import dead_experts
 from blockffn.objectives.load_balancing import balanced_l1, load_balancing, token_balance
 from blockffn.objectives.router_regularization import l1, router_entropy
 from blockffn.presets import did_you_mean
@@ -81,6 +82,10 @@ def _token_balance(routing: Routing, batch: _Batch) -> Tensor:
     )
 
 
+def _dead_experts(routing: Routing, batch: _Batch) -> Tensor:
+    return dead_experts(routing.logits, document_ids=batch.document_ids, normalizer=batch.number_of("rows"))
+
+
 OBJECTIVES: dict[str, Callable[[Routing, _Batch], Tensor]] = {
     "activation_locality": _activation_locality,
     "chunk_sparsification": _chunk_sparsification,
@@ -89,6 +94,7 @@ OBJECTIVES: dict[str, Callable[[Routing, _Batch], Tensor]] = {
     "router_entropy": _router_entropy,
     "load_balancing": _load_balancing,
     "token_balance": _token_balance,
+    "dead_experts": _dead_experts,
 }
 
 
