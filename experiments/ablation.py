@@ -2,7 +2,9 @@
 
     python experiments/ablation.py --data DATA --gpus 2 --per-gpu 2
 
-Runs take half of the quality suite's steps, the standard among them.
+Runs take half of the quality suite's steps, the standard among them. All have the preset's router, and its lift for dead
+experts unless the label says otherwise. The coefficient of activation locality is a constant, as in the paper: the
+preset's controller would make up for what a row leaves out.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ def steered(objective: str, initial: float) -> str:
     return f"objectives.terms.{objective}={{kind: set_point, initial: {initial}, target: 80, observes: tls}}"
 
 
+LOCALITY = "objectives.terms.activation_locality={kind: constant, value: 1e-3, warmup_steps: 100}"
+NO_LIFT = "objectives.terms.dead_experts=null"
+PUBLISHED_ROUTER = ("model.router_norm_eps=null", "model.router_scale_initializer=0.3",
+                    "model.router_initializer_range=null")  # fmt: skip
 L1 = steered("l1", 1e-3)
 ENTROPY = steered("router_entropy", 2e-2)
 
@@ -46,6 +52,8 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
     runs: list[Experiment] = []
 
     def add(name: str, label: str, *changes: str, groups: tuple[str, ...]) -> None:
+        if NO_LOCALITY not in changes:
+            changes = (LOCALITY, *changes)
         runs.append(
             Experiment("ablation", f"{size}-{name}", label, size=size, seed=SEED, steps=STEPS.get(size),
                        changes=changes, groups=groups)
@@ -55,9 +63,11 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
 
     for name, (label, changes) in OBJECTIVES.items():
         add(name, label, *changes, groups=("objectives",))
+    add("no-lift", "AL + CS, dead experts not lifted", NO_LIFT, groups=("balance",))
     for value in BALANCE:
         term = f"objectives.terms.load_balancing={{kind: constant, value: {value}}}"
         add(f"balance-{value}", f"AL + CS + load balance {value}", term, groups=("balance",))
+    add("published-norm", "norm with the published epsilon", *PUBLISHED_ROUTER, groups=("architecture",))
     add("relu", "router without norm", "model.router_type=relu", groups=("architecture",))
     # Three matrices instead of two: two thirds of the width.
     gated = round(width * 2 / 3)

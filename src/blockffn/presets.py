@@ -29,6 +29,12 @@ def _row(
 # makes it ten times weaker), and routing weights that are small, as softmax shares are.
 _SHORT_RUN_START = {"kv_b_initializer_range": 0.1, "router_scale_initializer": 0.3}
 
+# What BlockFFN's router takes on top. An epsilon that the norm's argument hardly exceeds at first: in so short a run
+# the published one costs 15 % of perplexity (docs/log.md).
+_ROUTER_START: dict[str, dict[str, Any]] = {
+    "mini": {"router_norm_eps": 1.0, "router_scale_initializer": 1.0, "router_initializer_range": 0.01},
+}
+
 # The dense width gives a gated FFN of the same number of parameters as router and experts together. Experts per token
 # are those of the published baselines; they put a top-k router's sparsity where BlockFFN ends up, near 80 %.
 SIZES: dict[str, dict[str, Any]] = {
@@ -94,9 +100,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": {"router_learning_rate": 0.001},
         "schedule": {"warmup_steps": 60, "decay_fraction": 0.3}, "checkpoint_every": 300,
         "objectives": {"chunk_length": 64, "terms": {
-            "activation_locality": {"kind": "constant", "value": 1e-3, "warmup_steps": 100},
-            "chunk_sparsification": {"kind": "set_point", "initial": 0.2, "target": 80.5, "observes": "tls",
+            "activation_locality": {"kind": "set_point", "initial": 1e-4, "target": 72.5, "observes": "cls8",
+                                    "interval": 10, "response_steps": 60, "warmup_steps": 100},
+            "chunk_sparsification": {"kind": "set_point", "initial": 0.03, "target": 80.5, "observes": "tls",
                                      "interval": 10, "response_steps": 60, "warmup_steps": 50},
+            "dead_experts": {"kind": "constant", "value": 0.01},
         }},
     },
     "0.1b": _recipe(10_000, 384, 12, 100, 2e-3, 5e-2),
@@ -140,12 +148,13 @@ def preset_config(size: str, method: str = "blockffn", **overrides: Any) -> Bloc
         ValueError: unknown size, method or field; the message names the nearest valid one.
     """
     size_row, method_row = _lookup("size", size, SIZES), _lookup("method", method, METHODS)
+    start = _ROUTER_START.get(size, {}) if method == "blockffn" else {}
     valid = set(BlockFFNConfig.__dataclass_fields__)
     for key in overrides:
         if key not in valid:
             raise ValueError(f"unknown model field {key!r}{did_you_mean(key, valid)}")
     try:
-        return BlockFFNConfig(**{**size_row, **method_row, **overrides})
+        return BlockFFNConfig(**{**size_row, **method_row, **start, **overrides})
     except (StrictDataclassError, TypeError) as error:
         reason = str(error.__cause__ or error)
         raise ValueError(f"wrong model settings: {reason}") from error
