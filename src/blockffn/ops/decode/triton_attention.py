@@ -21,6 +21,7 @@ from blockffn.ops.sparse_ffn.triton_parts import let_next_kernel_start, wait_for
 
 MAX_SPLITS = 64
 JOINED = 2048  # numbers of the parts that a warp joins at a time
+JOINED_ALONE = 1024  # numbers of a tile's result up to which its last program joins the parts
 
 
 @triton.jit
@@ -46,21 +47,30 @@ def _attend(scores, value, largest, total, acc):
 
 
 @triton.jit
+def _store_part(
+    acc, largest, total, slot, tile, partial_ptr, largest_ptr, total_ptr,
+    MAX_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, USED_M: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Only the first `USED_M` rows count: a product needs 16, one token with few heads has less."""
+    columns = tl.arange(0, BLOCK_W)
+    stored = tl.arange(0, BLOCK_M)
+    row = (tile * MAX_SLOTS + slot) * USED_M + stored
+    tl.store(partial_ptr + row[:, None] * BLOCK_W + columns[None, :], acc, mask=(stored < USED_M)[:, None])
+    tl.store(largest_ptr + row, largest, mask=stored < USED_M)
+    tl.store(total_ptr + row, total, mask=stored < USED_M)
+
+
+@triton.jit
 def _join(
     acc, largest, total, slot, num_slots, tile, counter_ptr, partial_ptr, largest_ptr, total_ptr,
     MAX_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, USED_M: tl.constexpr, BLOCK_W: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Store a part; whether this program is the last of its tile, and if so the mean over all parts.
-
-    Only the first `USED_M` rows count: a product needs 16, one token with few heads has less.
-    """
+    """Store a part; whether this program is the last of its tile, and if so the mean over all parts."""
     columns = tl.arange(0, BLOCK_W)
     first = tile * MAX_SLOTS
-    stored = tl.arange(0, BLOCK_M)
-    row = (first + slot) * USED_M + stored
-    tl.store(partial_ptr + row[:, None] * BLOCK_W + columns[None, :], acc, mask=(stored < USED_M)[:, None])
-    tl.store(largest_ptr + row, largest, mask=stored < USED_M)
-    tl.store(total_ptr + row, total, mask=stored < USED_M)
+    _store_part(
+        acc, largest, total, slot, tile, partial_ptr, largest_ptr, total_ptr, MAX_SLOTS, BLOCK_M, USED_M, BLOCK_W
+    )
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
     is_last = arrived == num_slots - 1
@@ -101,7 +111,7 @@ def _attention_kernel(
     T: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, P: tl.constexpr, VALUE_AT: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     USED_M: tl.constexpr, SPLITS: tl.constexpr, MAX_SLOTS: tl.constexpr, STEP: tl.constexpr,
-    LATENT: tl.constexpr, PDL: tl.constexpr,
+    LATENT: tl.constexpr, JOIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One key head (or all latents), one split or the step's own tokens, `BLOCK_M` pairs of token and query head.
 
@@ -214,19 +224,51 @@ def _attention_kernel(
                 largest, total, acc = _attend(scores, own_value, largest, total, acc)
 
         slot = tl.where(is_own, used, split)
-        is_last, out = _join(
-            acc, largest, total, slot, used + 1, tile, counter_ptr, partial_ptr, largest_ptr, total_ptr,
-            MAX_SLOTS, BLOCK_M, USED_M, BLOCK_W, STEP,
-        )  # fmt: skip
-        if is_last:
-            out_pair = part * BLOCK_M + tl.arange(0, USED_M)
-            out_head = kv_head * GROUPS + out_pair % GROUPS
-            out_at = out_ptr + (out_pair // GROUPS * out_token + out_head * W)[:, None] + columns[None, :]
-            out_mask = (out_pair < T * GROUPS)[:, None] & in_w[None, :]
-            tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=out_mask)
+        if JOIN:
+            is_last, out = _join(
+                acc, largest, total, slot, used + 1, tile, counter_ptr, partial_ptr, largest_ptr, total_ptr,
+                MAX_SLOTS, BLOCK_M, USED_M, BLOCK_W, STEP,
+            )  # fmt: skip
+            if is_last:
+                out_pair = part * BLOCK_M + tl.arange(0, USED_M)
+                out_head = kv_head * GROUPS + out_pair % GROUPS
+                out_at = out_ptr + (out_pair // GROUPS * out_token + out_head * W)[:, None] + columns[None, :]
+                out_mask = (out_pair < T * GROUPS)[:, None] & in_w[None, :]
+                tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=out_mask)
+        else:
+            _store_part(
+                acc, largest, total, slot, tile, partial_ptr, largest_ptr, total_ptr,
+                MAX_SLOTS, BLOCK_M, USED_M, BLOCK_W,
+            )  # fmt: skip
     else:
         let_next_kernel_start(PDL)
         wait_for_previous_kernel(PDL)
+
+
+@triton.jit
+def _join_kernel(
+    length_ptr, partial_ptr, largest_ptr, total_ptr, out_ptr, out_token,
+    GROUPS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    USED_M: tl.constexpr, SPLITS: tl.constexpr, MAX_SLOTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The mean over all parts of one token and one query head: `(token and head of the group, key head)`."""
+    pair, kv_head = tl.program_id(0), tl.program_id(1)
+    tile = kv_head * tl.cdiv(tl.num_programs(0), BLOCK_M) + pair // BLOCK_M
+    columns, every = tl.arange(0, BLOCK_W), tl.arange(0, MAX_SLOTS)
+    blocks = (tl.load(length_ptr).to(tl.int32) + BLOCK_N - 1) // BLOCK_N
+    per_split = tl.maximum((blocks + SPLITS - 1) // SPLITS, 1)
+    num_slots = (blocks + per_split - 1) // per_split + 1
+    let_next_kernel_start(PDL)
+    wait_for_previous_kernel(PDL)
+    at = (tile * MAX_SLOTS + every) * USED_M + pair % BLOCK_M
+    there = every < num_slots
+    tops = tl.load(largest_ptr + at, mask=there, other=-1e30)
+    factor = tl.exp(tops - tl.max(tops, axis=0))
+    total = tl.sum(tl.load(total_ptr + at, mask=there, other=0.0) * factor, axis=0)
+    parts = tl.load(partial_ptr + at[:, None] * BLOCK_W + columns[None, :], mask=there[:, None], other=0.0)
+    out = tl.sum(parts * factor[:, None], axis=0) / total
+    out_at = out_ptr + pair // GROUPS * out_token + (kv_head * GROUPS + pair % GROUPS) * W + columns
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=columns < W)
 
 
 def grouped_attention(
@@ -299,6 +341,8 @@ def _run(
     used_m = min(block_m, triton.next_power_of_2(T * groups))
     max_slots = triton.next_power_of_2(splits + 1)
     step = max(1, min(max_slots, num_warps * JOINED // (used_m * block_w)))
+    # One program joins the parts of one token's few heads at once; of several tokens it would take many rounds alone.
+    join = used_m * block_w <= JOINED_ALONE
     rows = tiles * max_slots * used_m
     partial = torch.empty(rows, block_w, dtype=torch.float32, device=device)
     largest, total = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
@@ -307,7 +351,13 @@ def _run(
         partial, largest, total, inputs.counters[1:], out,
         *strides, scaling, eps,
         T=T, GROUPS=groups, W=width, P=rope, VALUE_AT=value_at, BLOCK_W=block_w, BLOCK_P=block_p, BLOCK_M=block_m,
-        BLOCK_N=block_n, USED_M=used_m, SPLITS=splits, MAX_SLOTS=max_slots, STEP=step, LATENT=latent,
+        BLOCK_N=block_n, USED_M=used_m, SPLITS=splits, MAX_SLOTS=max_slots, STEP=step, LATENT=latent, JOIN=join,
         num_warps=num_warps,
         **launch(out),
     )  # fmt: skip
+    if not join:
+        _join_kernel[(T * groups, kv_heads)](
+            inputs.length, partial, largest, total, out, out.stride(0),
+            GROUPS=groups, W=width, BLOCK_W=block_w, BLOCK_M=block_m, BLOCK_N=block_n, USED_M=used_m, SPLITS=splits,
+            MAX_SLOTS=max_slots, num_warps=4, **launch(out),
+        )  # fmt: skip
