@@ -24,7 +24,7 @@ def test_every_size_and_method_has_settings_with_the_method_s_terms(size: str, m
 
 
 @pytest.mark.parametrize(("method", "names"), [
-    ("blockffn", {"activation_locality", "chunk_sparsification"}), ("dense", set()), ("topk", {"load_balancing"}),
+    ("blockffn", {"activation_locality", "chunk_sparsification", "dead_experts"}), ("dense", set()), ("topk", {"load_balancing"}),
     ("deepseek", {"load_balancing"}), ("grin", {"load_balancing"}), ("remoe", {"balanced_l1"}),
     ("deco", {"router_entropy"}),
 ])  # fmt: skip

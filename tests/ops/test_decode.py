@@ -92,7 +92,7 @@ def test_routing(triton: ModuleType, T: int, count: int, E: int, threshold: floa
     inputs = step_inputs(T, length=5, count=count)
     results = []
     for ops in (triton, reference):
-        for _ in range(2):  # the second finds the counters as the first left them
+        for _ in range(2):  # the second finds the counter as the first left them
             out = torch.full((T, E), float("nan"), device=DEVICE)
             residual = ops.norm_route(
                 x, weight, norm=norm, eps=1e-5, branch=branch, scale=0.3, router_norm=router_norm, router_eps=1e-6,
@@ -158,7 +158,7 @@ def check_results(results: list[Tensor], caches: tuple[Tensor, Tensor], inputs: 
     assert_close("attention", *results)
     assert_close("cache", *(cache[:end] for cache in caches))
     assert caches[0][end:].isnan().all()  # neither padding nor a guess is written
-    assert (inputs.counters == 0).all()
+    assert (inputs.counter == 0).all()
 
 
 @pytest.mark.parametrize("tree", [False, True])

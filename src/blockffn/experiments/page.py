@@ -30,12 +30,16 @@ LEGEND = (
 GROUPS = {
     "objectives": (
         "Objectives",
-        "AL: activation locality, CS: chunk sparsification. L1 and entropy are steered to a TLS of 80 %, the others "
-        "have the preset's coefficients.",
+        "AL: activation locality, at a constant 1e-3 in all rows that have it; CS: chunk sparsification, steered to the "
+        "preset's TLS; L1 and entropy: steered to a TLS of 80 %. A controller can only add: the router alone is there "
+        "already, and what a coefficient's start removes does not come back.",
     ),
     "architecture": ("Router norm and gated experts", "Equal parameters, the standard's objectives."),
     "granularity": ("Granularity", "More and narrower experts, at the same total width."),
-    "balance": ("Load balancing", "The standard with a load-balancing term on top, by its coefficient."),
+    "balance": (
+        "Load balancing and dead experts",
+        "The standard without the lift of dead experts; then with a load-balancing term on top, by its coefficient.",
+    ),
 }
 
 

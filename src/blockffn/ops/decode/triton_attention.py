@@ -1,4 +1,4 @@
-"""Attention of a decode step: rotation, writing to the cache, and attending over its valid rows, in one launch.
+"""Attention of a decode step: rotation, writing to the cache, and attending over its valid rows, in two launches.
 
 The committed rows of the cache are cut into splits of whole blocks, as many as keep the processors busy; how many rows
 there are is read from device memory, and splits without rows end at once. One more program takes the step's own
@@ -14,14 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blockffn.ops.decode.inputs import NUM_COUNTERS, StepInputs
+from blockffn.ops.decode.inputs import StepInputs
 from blockffn.ops.decode.triton_linear import launch
 from blockffn.ops.gpu import num_processors
 from blockffn.ops.sparse_ffn.triton_parts import let_next_kernel_start, wait_for_previous_kernel
 
 MAX_SPLITS = 64
-JOINED = 2048  # numbers of the parts that a warp joins at a time
-JOINED_ALONE = 1024  # numbers of a tile's result up to which its last program joins the parts
 
 
 @triton.jit
@@ -47,71 +45,15 @@ def _attend(scores, value, largest, total, acc):
 
 
 @triton.jit
-def _store_part(
-    acc, largest, total, slot, tile, partial_ptr, largest_ptr, total_ptr,
-    MAX_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, USED_M: tl.constexpr, BLOCK_W: tl.constexpr,
-):  # fmt: skip
-    """Only the first `USED_M` rows count: a product needs 16, one token with few heads has less."""
-    columns = tl.arange(0, BLOCK_W)
-    stored = tl.arange(0, BLOCK_M)
-    row = (tile * MAX_SLOTS + slot) * USED_M + stored
-    tl.store(partial_ptr + row[:, None] * BLOCK_W + columns[None, :], acc, mask=(stored < USED_M)[:, None])
-    tl.store(largest_ptr + row, largest, mask=stored < USED_M)
-    tl.store(total_ptr + row, total, mask=stored < USED_M)
-
-
-@triton.jit
-def _join(
-    acc, largest, total, slot, num_slots, tile, counter_ptr, partial_ptr, largest_ptr, total_ptr,
-    MAX_SLOTS: tl.constexpr, BLOCK_M: tl.constexpr, USED_M: tl.constexpr, BLOCK_W: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Store a part; whether this program is the last of its tile, and if so the mean over all parts."""
-    columns = tl.arange(0, BLOCK_W)
-    first = tile * MAX_SLOTS
-    _store_part(
-        acc, largest, total, slot, tile, partial_ptr, largest_ptr, total_ptr, MAX_SLOTS, BLOCK_M, USED_M, BLOCK_W
-    )
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
-    is_last = arrived == num_slots - 1
-    out = tl.zeros([USED_M, BLOCK_W], tl.float32)
-    if is_last:
-        tl.store(counter_ptr + tile, 0)
-        local = tl.arange(0, USED_M)
-        # Other processors wrote these: .cg reads them from L2, never from a stale line of L1.
-        every = tl.arange(0, MAX_SLOTS)
-        all_at = (first + every)[:, None] * USED_M + local[None, :]
-        tops = tl.load(largest_ptr + all_at, mask=(every < num_slots)[:, None], other=-1e30, cache_modifier=".cg")
-        top = tl.max(tops, axis=0)
-        sums = tl.zeros([USED_M], tl.float32)
-        for start in range(0, num_slots, STEP):
-            slots = start + tl.arange(0, STEP)
-            at = (first + slots)[:, None] * USED_M + local[None, :]
-            mask = slots < num_slots
-            part = tl.load(largest_ptr + at, mask=mask[:, None], other=-1e30, cache_modifier=".cg")
-            part_total = tl.load(total_ptr + at, mask=mask[:, None], other=0.0, cache_modifier=".cg")
-            part_acc = tl.load(
-                partial_ptr + at[:, :, None] * BLOCK_W + columns[None, None, :],
-                mask=mask[:, None, None], other=0.0, cache_modifier=".cg",
-            )  # fmt: skip
-            factor = tl.exp(part - top[None, :])
-            sums += tl.sum(part_total * factor, axis=0)
-            out += tl.sum(part_acc * factor[:, :, None], axis=0)
-        out = out / sums[:, None]
-    return is_last, out
-
-
-@triton.jit
 def _attention_kernel(
     q_ptr, rotated_ptr, new_ptr, cache_ptr, cos_ptr, sin_ptr, norm_ptr,
     length_ptr, count_ptr, positions_ptr, visible_ptr,
-    partial_ptr, largest_ptr, total_ptr, counter_ptr, out_ptr,
-    q_token, q_head, rotated_token, rotated_head, new_token, cache_row, out_token,
+    partial_ptr, largest_ptr, total_ptr,
+    q_token, q_head, rotated_token, rotated_head, new_token, cache_row,
     scale, eps,
     T: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, P: tl.constexpr, VALUE_AT: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    USED_M: tl.constexpr, SPLITS: tl.constexpr, MAX_SLOTS: tl.constexpr, STEP: tl.constexpr,
-    LATENT: tl.constexpr, JOIN: tl.constexpr, PDL: tl.constexpr,
+    USED_M: tl.constexpr, SPLITS: tl.constexpr, MAX_SLOTS: tl.constexpr, LATENT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One key head (or all latents), one split or the step's own tokens, `BLOCK_M` pairs of token and query head.
 
@@ -224,22 +166,12 @@ def _attention_kernel(
                 largest, total, acc = _attend(scores, own_value, largest, total, acc)
 
         slot = tl.where(is_own, used, split)
-        if JOIN:
-            is_last, out = _join(
-                acc, largest, total, slot, used + 1, tile, counter_ptr, partial_ptr, largest_ptr, total_ptr,
-                MAX_SLOTS, BLOCK_M, USED_M, BLOCK_W, STEP,
-            )  # fmt: skip
-            if is_last:
-                out_pair = part * BLOCK_M + tl.arange(0, USED_M)
-                out_head = kv_head * GROUPS + out_pair % GROUPS
-                out_at = out_ptr + (out_pair // GROUPS * out_token + out_head * W)[:, None] + columns[None, :]
-                out_mask = (out_pair < T * GROUPS)[:, None] & in_w[None, :]
-                tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=out_mask)
-        else:
-            _store_part(
-                acc, largest, total, slot, tile, partial_ptr, largest_ptr, total_ptr,
-                MAX_SLOTS, BLOCK_M, USED_M, BLOCK_W,
-            )  # fmt: skip
+        # Only the first `USED_M` rows count: a product needs 16, one token with few heads has less.
+        stored = tl.arange(0, BLOCK_M)
+        row = (tile * MAX_SLOTS + slot) * USED_M + stored
+        tl.store(partial_ptr + row[:, None] * BLOCK_W + columns[None, :], acc, mask=(stored < USED_M)[:, None])
+        tl.store(largest_ptr + row, largest, mask=stored < USED_M)
+        tl.store(total_ptr + row, total, mask=stored < USED_M)
     else:
         let_next_kernel_start(PDL)
         wait_for_previous_kernel(PDL)
@@ -279,7 +211,7 @@ def grouped_attention(
     out = torch.empty(T, heads * W, dtype=qkv.dtype, device=qkv.device)
     _run(
         (qkv, qkv, qkv[:, heads * W :], cache, cos, sin, cos), inputs, out,
-        strides=(qkv.stride(0), W, 0, 0, qkv.stride(0), cache.stride(0), out.stride(0)),
+        strides=(qkv.stride(0), W, 0, 0, qkv.stride(0), cache.stride(0)),
         scaling=scaling, eps=0.0, kv_heads=kv_heads, groups=heads // kv_heads, width=W, rope=W,
         value_at=kv_heads * W, latent=False,
     )  # fmt: skip
@@ -306,7 +238,7 @@ def latent_attention(
         (q_latent, q_rope, latents, cache, cos, sin, norm), inputs, out,
         strides=(
             q_latent.stride(1), q_latent.stride(0), q_rope.stride(0), q_rope.stride(1), latents.stride(0),
-            cache.stride(0), out.stride(0),
+            cache.stride(0),
         ),
         scaling=scaling, eps=eps, kv_heads=1, groups=H, width=R, rope=P, value_at=0, latent=True,
     )  # fmt: skip
@@ -335,29 +267,24 @@ def _run(
     block_n = 32 if wide else 64
     parts = triton.cdiv(T * groups, block_m)
     tiles = kv_heads * parts
-    assert tiles < NUM_COUNTERS
     splits = max(1, min(MAX_SPLITS, num_processors(device) // tiles))
     num_warps = 4 if block_m * block_w <= 2048 else 8
     used_m = min(block_m, triton.next_power_of_2(T * groups))
     max_slots = triton.next_power_of_2(splits + 1)
-    step = max(1, min(max_slots, num_warps * JOINED // (used_m * block_w)))
-    # One program joins the parts of one token's few heads at once; of several tokens it would take many rounds alone.
-    join = used_m * block_w <= JOINED_ALONE
     rows = tiles * max_slots * used_m
     partial = torch.empty(rows, block_w, dtype=torch.float32, device=device)
     largest, total = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
     _attention_kernel[(kv_heads, splits + 1, parts)](
         *tensors, inputs.length, inputs.count, inputs.positions, inputs.visible,
-        partial, largest, total, inputs.counters[1:], out,
+        partial, largest, total,
         *strides, scaling, eps,
         T=T, GROUPS=groups, W=width, P=rope, VALUE_AT=value_at, BLOCK_W=block_w, BLOCK_P=block_p, BLOCK_M=block_m,
-        BLOCK_N=block_n, USED_M=used_m, SPLITS=splits, MAX_SLOTS=max_slots, STEP=step, LATENT=latent, JOIN=join,
+        BLOCK_N=block_n, USED_M=used_m, SPLITS=splits, MAX_SLOTS=max_slots, LATENT=latent,
         num_warps=num_warps,
         **launch(out),
     )  # fmt: skip
-    if not join:
-        _join_kernel[(T * groups, kv_heads)](
-            inputs.length, partial, largest, total, out, out.stride(0),
-            GROUPS=groups, W=width, BLOCK_W=block_w, BLOCK_M=block_m, BLOCK_N=block_n, USED_M=used_m, SPLITS=splits,
-            MAX_SLOTS=max_slots, num_warps=4, **launch(out),
-        )  # fmt: skip
+    _join_kernel[(T * groups, kv_heads)](
+        inputs.length, partial, largest, total, out, out.stride(0),
+        GROUPS=groups, W=width, BLOCK_W=block_w, BLOCK_M=block_m, BLOCK_N=block_n, USED_M=used_m, SPLITS=splits,
+        MAX_SLOTS=max_slots, num_warps=4, **launch(out),
+    )  # fmt: skip

@@ -132,7 +132,7 @@ def norm_route(
     block_d = triton.next_power_of_2(D)
     rows = min(rows_of_tile(block_d, weight), triton.next_power_of_2(triton.cdiv(E, LEAST_PROGRAMS)))
     _norm_route_kernel[(triton.cdiv(E, rows),)](
-        x, x if branch is None else branch, norm, weight, router_norm, total, normed, logits, out, inputs.counters,
+        x, x if branch is None else branch, norm, weight, router_norm, total, normed, logits, out, inputs.counter,
         scale, eps, router_eps, threshold,
         E=E, D=D, BLOCK_E=block_e, BLOCK_D=block_d, ROWS=rows, BRANCH=branch is not None, ROUND=not float32,
         num_warps=warps_of_row(block_d), **launch(x),
