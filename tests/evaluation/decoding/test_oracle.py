@@ -118,8 +118,8 @@ def test_with_a_priced_oracle_the_text_is_the_plain_loops_and_the_acceptance_the
     drafter = OracleDrafter(0.8, vocab_size=VOCABULARY, growth=growth)
     drafter.learn(PROMPT, plain)
     counts: list[SpeculationStatistics] = []
-    head = eagle_drafter(random_eagle_head(config, dtype=torch.float32), model, growth=growth)
-    for one in (drafter, PricedDrafter(drafter, head)):
+    head = random_eagle_head(config, dtype=torch.float32)
+    for one in (drafter, PricedDrafter(drafter, lambda levels: eagle_drafter(head, model, growth=levels))):
         generation = speculative_generate(target, Speculation(one), PROMPT, settings)
         assert generation.token_ids == plain
         assert generation.statistics.speculation is not None

@@ -66,7 +66,7 @@ class Subject:
             return oracle
         dtype = self.model.model.norm.weight.dtype
         head = random_eagle_head(self.model.config, dtype=dtype).to(self.model.model.norm.weight.device)
-        return PricedDrafter(oracle, trained_drafter(head, self.model, self.target, growth=growth))
+        return PricedDrafter(oracle, lambda levels: trained_drafter(head, self.model, self.target, growth=levels))
 
 
 def oracle_rate(draft: str) -> float:

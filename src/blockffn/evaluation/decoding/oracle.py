@@ -2,7 +2,7 @@
 
 For timing speculation where no trained draft is at hand, such as with random weights. What it drafts is known in
 advance, so it shows what a draft of that quality would be worth, and nothing about any real one. What drafting costs
-can be made real: `PricedDrafter` runs a real drafter beside it and throws its trees away.
+can be made real: `PricedDrafter` runs a real draft on every level of the oracle's trees.
 
 The draft's confidence varies from position to position around the rate asked for. It is honest: where it says 0.8, its
 first choice is right in 80 of 100 cases. A further choice is right with half of what is left, and so on.
@@ -11,15 +11,16 @@ first choice is right in 80 of 100 cases. A further choice is right with half of
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from blockffn.configuration import BlockFFNConfig
 from blockffn.inference.speculative.drafters import Drafter
-from blockffn.inference.speculative.growth import BestNodes, Budget, grow
+from blockffn.inference.speculative.growth import BestNodes, Budget, Expand, Growth, grow, top_children
 from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
 from blockffn.models.draft import DraftModel
 
@@ -70,16 +71,21 @@ class OracleDrafter:
     def observe(self, tokens: Tensor, hidden: Tensor) -> None:
         """Nothing to learn."""
 
-    def propose(self, context: Tensor, budget: Budget) -> DraftTree:
+    def propose(self, context: Tensor, budget: Budget, *, beside: Expand | None = None) -> DraftTree:
+        """See `Drafter`. `beside`: asked for every level as well, for the time it takes."""
         length = len(context)
         size, depth = min(self.growth.size, budget.nodes), min(self.growth.depth, budget.depth)
         if size < 1 or depth < 1:
             return no_tree()
 
+        top_k = min(self.growth.top_k, BRANCHES)
+
         def expand(tree: DraftTree, nodes: list[int]) -> Tensor:
+            if beside is not None:
+                top_children(beside, tree, nodes, top_k)
             return torch.stack([self._position(length, tree, node).log_probs for node in nodes])
 
-        ranks = grow(expand, top_k=min(self.growth.top_k, BRANCHES), depth=depth, size=size)
+        ranks = grow(expand, top_k=top_k, depth=depth, size=size, least=budget.least)
         return DraftTree(self._tokens(ranks, length), ranks.parents, ranks.log_probs)
 
     def _position(self, length: int, tree: DraftTree, node: int) -> _Position:
@@ -117,26 +123,50 @@ class OracleDrafter:
 
 
 class PricedDrafter:
-    """Proposes what one drafter proposes and takes the time that another takes as well."""
+    """Proposes what an oracle proposes; a real draft runs on every level of its trees, for its time.
 
-    def __init__(self, drafter: Drafter, price: Drafter) -> None:
-        self._drafter, self._price = drafter, price
+    Args:
+        price: makes the real drafter, given how its trees are to grow: as the oracle's.
+    """
 
-    @property
-    def deterministic(self) -> bool:
-        return self._drafter.deterministic
+    deterministic = True
+
+    def __init__(self, oracle: OracleDrafter, price: Callable[[Growth], Drafter]) -> None:
+        self._oracle = oracle
+        self._growth = _OraclesTree(oracle)
+        self._price = price(self._growth)
 
     def start(self, prompt: Tensor) -> None:
         self._price.start(prompt)
-        self._drafter.start(prompt)
+        self._oracle.start(prompt)
 
     def propose(self, context: Tensor, budget: Budget) -> DraftTree:
-        self._price.propose(context, budget)
-        return self._drafter.propose(context, budget)
+        self._growth.context = context
+        return self._price.propose(context, budget)
 
     def observe(self, tokens: Tensor, hidden: Tensor) -> None:
         self._price.observe(tokens, hidden)
-        self._drafter.observe(tokens, hidden)
+
+
+class _OraclesTree:
+    """A `Growth` that asks for the distributions of the oracle's nodes and takes the oracle's word."""
+
+    deterministic: ClassVar[bool] = True
+    context: Tensor
+
+    def __init__(self, oracle: OracleDrafter) -> None:
+        self._oracle = oracle
+
+    def __call__(
+        self,
+        expand: Expand,
+        budget: Budget,
+        *,
+        vocab_size: int,
+        token_ids: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> DraftTree:
+        return self._oracle.propose(self.context, budget, beside=expand)
 
 
 def random_eagle_head(config: BlockFFNConfig, *, dtype: torch.dtype, seed: int = 0) -> DraftModel:
