@@ -71,9 +71,7 @@ class BestNodes:
         generator: torch.Generator | None = None,
     ) -> DraftTree:
         depth, size = min(self.depth, budget.depth), min(self.size, budget.nodes)
-        return grow(
-            expand, top_k=self.top_k, depth=depth, size=size, least=budget.least, token_ids=token_ids
-        )
+        return grow(expand, top_k=self.top_k, depth=depth, size=size, least=budget.least, token_ids=token_ids)
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from blockffn.inference.speculative.tree import ROOT, DraftTree
 from blockffn.inference.speculative.verify import Verdict
 from blockffn.inference.target import Step
 
-FORGET_RATE, FIRST_ROUNDS = 0.99, 5  # plain ones, from which the rate starts
+FORGET_RATE, FIRST_ROUNDS = 0.99, 2  # plain ones, from which the rate starts
 HOPELESS = 0.25  # of the rate: what a node must promise per millisecond for growth to go on
 # Steps of drafting: children of the root alone, then of nodes whose path is ever less probable.
 STEPS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12, 0.08, 0.05, 0.0)
 HOPE, HOPED_ROUNDS = 0.2, 4  # tokens that a step brings, and in how many rounds, before anything is known
 LEARN_WORTH = 0.05
-EXPLORE, FIRST_CREDIT = 0.01, 5.0  # of the time; and at the start so many plain rounds
+EXPLORE = 0.01  # of the time
 FURTHER, WIDER = 2, 2  # steps more, times as many nodes
 
 
@@ -122,11 +122,11 @@ class CostAwareShaper:
         level = max(draft_level, 0.02 * plain)
         # Of every proposal, its levels and the nodes whose children were drafted; of every round, and the cost model's.
         self._drafting = TimeEstimate((0.0, draft_level, 0.0), doubts=(level, level, level / 4))
-        self._verifying = TimeEstimate((overhead, 1.0), doubts=(plain / 4, 0.25))
+        self._verifying = TimeEstimate((overhead, 1.0), doubts=(plain / 8, 0.25))
         self._tokens, self._milliseconds = float(FIRST_ROUNDS), FIRST_ROUNDS * plain
         self._worth = [HOPE] * len(STEPS)  # tokens that each step brought lately, less what its time is worth
         self._seen = [HOPED_ROUNDS] * len(STEPS)
-        self._credit = FIRST_CREDIT * plain
+        self._credit = 0.0  # milliseconds
         self._usual = self._taken = 0  # steps that seem to pay, and those taken in this round
         self._lost = 0.0  # by exploring, in this round
         self._drafted: tuple[int, int, int] | None = None  # quantities of `_drafting`
@@ -134,8 +134,9 @@ class CostAwareShaper:
 
     @property
     def rate(self) -> float:
-        """Tokens per millisecond of the recent rounds, without what exploring took."""
-        return self._tokens / self._milliseconds
+        """Tokens per millisecond of the recent rounds, without what exploring took; of plain decoding at least."""
+        active = self._union.active
+        return max(self._tokens / self._milliseconds, 1 / self._current_cost().milliseconds(1, active, active))
 
     @property
     def overhead(self) -> float:
