@@ -167,10 +167,12 @@ class TimeEstimate:
         variance = TIME_NOISE**2 + sum(x * value for x, value in zip(relative, spread))
         missed = min(milliseconds / expected, OUTLIER) - 1
         self.prices = [max(price + value * missed / variance, 0.0) for price, value in zip(self.prices, spread)]
-        kept = [(row[i] - spread[i] ** 2 / variance) / FORGET_TIME for i, row in enumerate(self._covariance)]
-        # What is not measured is not forgotten beyond what was assumed.
-        scale = [math.sqrt(min(1.0, most / max(value, 1e-30))) for value, most in zip(kept, self._most)]
         self._covariance = [
-            [s * t * (value - a * b / variance) / FORGET_TIME for value, b, t in zip(row, spread, scale)]
-            for row, a, s in zip(self._covariance, spread, scale)
+            [value - a * b / variance for value, b in zip(row, spread)] for row, a in zip(self._covariance, spread)
         ]
+
+    def forget(self) -> None:
+        """A round passes: prices that are not measured become as doubtful again as they were at first."""
+        own = [row[i] / FORGET_TIME for i, row in enumerate(self._covariance)]
+        scale = [math.sqrt(min(1.0, most / max(value, 1e-30)) / FORGET_TIME) for value, most in zip(own, self._most)]
+        self._covariance = [[s * t * value for value, t in zip(row, scale)] for row, s in zip(self._covariance, scale)]

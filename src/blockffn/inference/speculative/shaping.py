@@ -23,10 +23,10 @@ FORGET_RATE, FIRST_ROUNDS = 0.99, 2  # plain ones, from which the rate starts
 HOPELESS = 0.25  # of the rate: what a node must promise per millisecond for growth to go on
 # Steps of drafting: children of the root alone, then of nodes whose path is ever less probable.
 STEPS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12, 0.08, 0.05, 0.0)
-HOPE, HOPED_ROUNDS = 0.2, 4  # tokens that a step brings, and in how many rounds, before anything is known
-LEARN_WORTH = 0.05
-EXPLORE = 0.01  # of the time
-FURTHER, WIDER = 2, 2  # steps more, times as many nodes
+HOPE, HOPED_ROUNDS = 0.2, 4.0  # tokens that a step brings, and in how many rounds, before anything is known
+FORGET_WORTH, FEWEST_ROUNDS = 0.97, 2.0  # what a step was worth in earlier rounds counts as so many at least
+EXPLORE, MOST_CREDIT = 0.01, 0.5  # of the time; of a round's
+FURTHER, WIDER = (1, 2, 4), 2  # steps more, in turn; times as many nodes
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class CostAwareShaper:
 
     Two things are learnt from what was tried alone: whether drafting goes on where a path is improbable, and how often
     improbable nodes are accepted. So some rounds explore: they draft further and verify more than seems to pay. What
-    they lose by the present estimates is taken from a credit that grows by `EXPLORE` of the time, so it is bounded
-    whatever the draft; where they lose nothing, the next round explores too.
+    they lose is taken from a credit that grows by `EXPLORE` of the time, so it is bounded whatever the draft; where they
+    lose nothing, because more was accepted than expected, the next round explores too.
 
     Args:
         cost: of the target, from `calibrate`.
@@ -120,15 +120,16 @@ class CostAwareShaper:
         self._union = UnionEstimate(num_experts, share=1.0 if num_experts == 1 else 0.15)
         plain = overhead + cost.milliseconds(1, self._union.active, self._union.active)
         level = max(draft_level, 0.02 * plain)
-        # Of every proposal, its levels and the nodes whose children were drafted; of every round, and the cost model's.
+        # Of a proposal, its levels and the nodes whose children were drafted; of a round, its tokens and the cost model's.
         self._drafting = TimeEstimate((0.0, draft_level, 0.0), doubts=(level, level, level / 4))
-        self._verifying = TimeEstimate((overhead, 1.0), doubts=(plain / 8, 0.25))
+        self._verifying = TimeEstimate((overhead, 0.0, 1.0), doubts=(plain / 8, plain / 16, 0.25))
         self._tokens, self._milliseconds = float(FIRST_ROUNDS), FIRST_ROUNDS * plain
         self._worth = [HOPE] * len(STEPS)  # tokens that each step brought lately, less what its time is worth
         self._seen = [HOPED_ROUNDS] * len(STEPS)
-        self._credit = 0.0  # milliseconds
+        self._credit, self._explored = 0.0, 0  # milliseconds, rounds
         self._usual = self._taken = 0  # steps that seem to pay, and those taken in this round
-        self._lost = 0.0  # by exploring, in this round
+        self._lost = 0.0  # by exploring, in this round, as far as is known before the verification
+        self._more: dict[int, float] = {}  # nodes that are verified to explore, with the hope of each
         self._drafted: tuple[int, int, int] | None = None  # quantities of `_drafting`
         self._begun = self._late = 0.0
 
@@ -145,10 +146,15 @@ class CostAwareShaper:
 
     def budget(self, most: Budget) -> Budget:
         """What to draft: the steps that lately brought more than they cost, and more where this round explores."""
-        self._begun, self._drafted, self._lost = self._now(), None, 0.0
+        self._begun, self._drafted = self._now(), None
+        self._lost, self._more = 0.0, {}
+        self._seen = [max(FORGET_WORTH * seen, FEWEST_ROUNDS) for seen in self._seen]
         totals = [0.0, *itertools.accumulate(self._worth)]
         self._usual = max(range(len(totals)), key=lambda steps: totals[steps])
-        self._taken = min(self._usual + FURTHER, len(STEPS)) if self._explores else self._usual
+        self._taken = self._usual
+        if self._explores:
+            self._explored += 1
+            self._taken = min(self._usual + FURTHER[self._explored % len(FURTHER)], len(STEPS))
         if not self._taken:
             return replace(most, nodes=0)
         return replace(most, least=STEPS[self._taken - 1])
@@ -163,11 +169,13 @@ class CostAwareShaper:
         self._learn_worth(tree, net, drafting)
         nodes = choice.nodes
         if self._explores:
-            count = max(WIDER * len(nodes), 4)
+            count = max(WIDER * len(nodes), 2)
             nodes = tree.path_log_probs.sort(descending=True, stable=True).indices[:count].tolist()
             log_used = prices.union.start() + sum(brings[node] for node in nodes)
             more = prices.milliseconds(len(nodes) + 1, log_used) - prices.milliseconds(1, prices.union.start())
             self._lost += max(sum(net.values()) - sum(reach[node] for node in nodes) + rate * more, 0.0) / rate
+            place = {node: i for i, node in enumerate(sorted(nodes))}
+            self._more = {place[node]: reach[node] for node in nodes if node not in net}
         tree = tree.subtree(torch.tensor(nodes, dtype=torch.int64))
         self._drafted = drafting.quantities(STEPS[self._taken - 1])
         if self._clock is not None:
@@ -180,13 +188,16 @@ class CostAwareShaper:
         """Learn from a verification of root and tree."""
         now = self._now()
         union, pairs = union_and_pairs(step)
-        quantities = (1.0, self._cost.milliseconds(len(tree) + 1, union, pairs))
+        quantities = (1, len(tree) + 1, self._cost.milliseconds(len(tree) + 1, union, pairs))
         if self._clock is not None:
+            self._drafting.forget()
+            self._verifying.forget()
             self._verifying.observe(quantities, now - self._begun + self._late)
         spent = self._verifying.milliseconds(quantities)
         if self._drafted is not None:
             spent += self._drafting.milliseconds(self._drafted)
-        self._credit += EXPLORE * spent - self._lost
+        luck = sum((node in verdict.path) - hope for node, hope in self._more.items())
+        self._credit = min(self._credit + EXPLORE * spent - self._lost + luck / self.rate, MOST_CREDIT * spent)
         self._tokens = FORGET_RATE * self._tokens + len(verdict.path) + 1
         self._milliseconds = FORGET_RATE * self._milliseconds + max(spent - self._lost, 0.0)
         self.acceptance.observe(tree, verdict)
@@ -203,10 +214,13 @@ class CostAwareShaper:
         return self._credit > 0
 
     def _current_cost(self) -> CostModel:
-        every, factor = self._verifying.prices
+        every, token, factor = self._verifying.prices
         cost = self._cost
         return CostModel(
-            every + factor * cost.fixed, factor * cost.per_token, factor * cost.per_expert, factor * cost.per_pair
+            every + factor * cost.fixed,
+            token + factor * cost.per_token,
+            factor * cost.per_expert,
+            factor * cost.per_pair,
         )
 
     def _learn_worth(self, tree: DraftTree, net: dict[int, float], drafting: _Drafting) -> None:
@@ -220,7 +234,7 @@ class CostAwareShaper:
             worth = brought[step] - self.rate * (spent - before)
             before = spent
             self._seen[step] += 1
-            self._worth[step] += max(LEARN_WORTH, 1 / self._seen[step]) * (worth - self._worth[step])
+            self._worth[step] += (worth - self._worth[step]) / self._seen[step]
             lost -= worth if step >= self._usual else 0.0
         self._lost += max(lost, 0.0) / self.rate
 
