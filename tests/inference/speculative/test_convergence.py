@@ -150,7 +150,8 @@ def test_after_sixty_rounds_it_is_within_three_percent_of_the_best_fixed_size(na
     shaper = shaper_for(world)
     by_cost_rate(world, shaper, range(60))
     gain, best = over_best_fixed(world, shaper, range(60, 260))
-    print(f"GAIN {gain:.3f} {best}"); assert gain > 0.97, f"{gain:.3f} of the best fixed size, {best}"
+    print(f"GAIN {gain:.3f} {best}")
+    assert gain > 0.97, f"{gain:.3f} of the best fixed size, {best}"
 
 
 @pytest.mark.slow
@@ -173,7 +174,8 @@ def test_what_changes_midway_is_found_out_within_two_hundred_rounds(before: Regi
     world.regime = replace(after)
     by_cost_rate(world, shaper, range(200, 400))
     gain, best = over_best_fixed(world, shaper, range(400, 600))
-    print(f"GAIN {gain:.3f} {best}"); assert gain > 0.97, f"{gain:.3f} of the best fixed size, {best}"
+    print(f"GAIN {gain:.3f} {best}")
+    assert gain > 0.97, f"{gain:.3f} of the best fixed size, {best}"
 
 
 @pytest.mark.slow

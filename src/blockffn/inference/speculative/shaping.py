@@ -121,7 +121,7 @@ class CostAwareShaper:
         plain = overhead + cost.milliseconds(1, self._union.active, self._union.active)
         level = max(draft_level, 0.02 * plain)
         # Of a proposal, its levels and the nodes whose children were drafted; of a round, its tokens and the cost model's.
-        self._drafting = TimeEstimate((0.0, draft_level, 0.0), doubts=(level, level, level / 4))
+        self._drafting = TimeEstimate((0.0, draft_level, 0.0), doubts=(2 * level, 2 * level, level / 2))
         self._verifying = TimeEstimate((overhead, 0.0, 1.0), doubts=(plain / 8, plain / 16, 0.25))
         self._tokens, self._milliseconds = float(FIRST_ROUNDS), FIRST_ROUNDS * plain
         self._worth = [HOPE] * len(STEPS)  # tokens that each step brought lately, less what its time is worth
@@ -131,7 +131,7 @@ class CostAwareShaper:
         self._lost = 0.0  # by exploring, in this round, as far as is known before the verification
         self._more: dict[int, float] = {}  # nodes that are verified to explore, with the hope of each
         self._drafted: tuple[int, int, int] | None = None  # quantities of `_drafting`
-        self._begun = self._late = 0.0
+        self._begun = self._shaping = self._late = 0.0  # milliseconds: a time; of the last `shape` and `observe`
 
     @property
     def rate(self) -> float:
@@ -161,7 +161,9 @@ class CostAwareShaper:
 
     def shape(self, tree: DraftTree) -> DraftTree:
         """The part of the tree that pays, maybe nothing; more of it where this round explores."""
+        began = self._now()
         drafting = _Drafting(tree)
+        self._learn_drafting(drafting, began - self._begun + self._shaping)
         reach, brings, rate = self.acceptance.reach(tree), self._union.brings(tree), self.rate
         prices = Prices(self._current_cost(), self._union)
         choice = choose_nodes(tree, reach=reach, brings=brings, prices=prices, rate=rate)
@@ -176,13 +178,9 @@ class CostAwareShaper:
             self._lost += max(sum(net.values()) - sum(reach[node] for node in nodes) + rate * more, 0.0) / rate
             place = {node: i for i, node in enumerate(sorted(nodes))}
             self._more = {place[node]: reach[node] for node in nodes if node not in net}
-        tree = tree.subtree(torch.tensor(nodes, dtype=torch.int64))
-        self._drafted = drafting.quantities(STEPS[self._taken - 1])
-        if self._clock is not None:
-            now = self._now()
-            self._drafting.observe(self._drafted, now - self._begun)
-            self._begun = now
-        return tree
+        self._begun = self._now()
+        self._shaping = self._begun - began
+        return tree.subtree(torch.tensor(nodes, dtype=torch.int64))
 
     def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None:
         """Learn from a verification of root and tree."""
@@ -223,6 +221,14 @@ class CostAwareShaper:
             factor * cost.per_pair,
         )
 
+    def _learn_drafting(self, drafting: _Drafting, milliseconds: float) -> None:
+        self._drafted = drafting.quantities(STEPS[self._taken - 1])
+        if self._clock is None:
+            return
+        self._drafting.observe(self._drafted, milliseconds)
+        if self._explores:
+            self._lost += min(milliseconds - self._drafting.milliseconds(self._drafted), 0.0)
+
     def _learn_worth(self, tree: DraftTree, net: dict[int, float], drafting: _Drafting) -> None:
         """Of each step that was taken: what the nodes are worth that it added, less what drafting them cost."""
         brought = [0.0] * len(STEPS)
@@ -236,7 +242,7 @@ class CostAwareShaper:
             self._seen[step] += 1
             self._worth[step] += (worth - self._worth[step]) / self._seen[step]
             lost -= worth if step >= self._usual else 0.0
-        self._lost += max(lost, 0.0) / self.rate
+        self._lost = max(self._lost + lost / self.rate, 0.0)
 
 
 class _Drafting:
