@@ -1,13 +1,13 @@
 """The tree by cost finds what the best fixed size would give, whatever the draft and the device, and finds it soon.
 
-A simulation in expected tokens and in milliseconds of an invented clock: the draft says how sure it is, `trust` times as
-often it is right. Trees grow as in decoding, so drafting less is quicker.
+A simulation in expected tokens and in milliseconds of an invented clock: the draft says how sure it is, and is right
+`trust` times as often. Trees grow as in decoding, so drafting less is quicker.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -171,7 +171,7 @@ def test_what_changes_midway_is_found_out_within_two_hundred_rounds(before: Regi
     world = World(before)
     shaper = shaper_for(world)
     by_cost_rate(world, shaper, range(200))
-    world.regime = replace(after)
+    world.regime = after
     by_cost_rate(world, shaper, range(200, 400))
     gain, best = over_best_fixed(world, shaper, range(400, 600))
     print(f"GAIN {gain:.3f} {best}")
@@ -183,7 +183,7 @@ def test_where_text_alternates_between_easy_and_hard_no_fixed_size_comes_near() 
     easy, hard = Regime(0.93), Regime(0.15)
     world = World(easy)
     shaper = shaper_for(world)
-    tokens = {size: 0.0 for size in (*SIZES, -1)}
+    tokens = dict.fromkeys((*SIZES, -1), 0.0)
     spent = dict(tokens)
     others = {size: World(easy) for size in SIZES}
     for start in range(0, 300, 20):

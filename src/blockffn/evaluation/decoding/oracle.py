@@ -25,6 +25,7 @@ from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
 from blockffn.models.draft import DraftModel
 
 BRANCHES = 8  # children that are offered for a node
+PASSAGE = 32  # tokens of a text that are equally hard
 CONCENTRATION = 2.0  # of the confidences around their mean; small: mostly near 0 or 1
 DRAFT_VOCABULARY = 16384  # tokens that a draft proposes, as the published one does
 
@@ -41,7 +42,8 @@ class OracleDrafter:
     """Proposes trees behind texts that it has been told (`learn`).
 
     Args:
-        rate: mean probability that its first choice is right, between 0 and 1.
+        rates: mean probability that its first choice is right, between 0 and 1. Of several, each is that of a passage
+            of the text, in turn.
         growth: how its distributions become a tree.
         seed: which positions are easy, and where it errs; equal for all who use the same seed.
 
@@ -51,10 +53,10 @@ class OracleDrafter:
 
     deterministic = True
 
-    def __init__(self, rate: float, *, vocab_size: int, growth: BestNodes | None = None, seed: int = 0) -> None:
-        if not 0 < rate < 1:
-            raise ValueError(f"the rate of a simulated draft lies between 0 and 1, got {rate}")
-        self.rate, self.growth = rate, BestNodes() if growth is None else growth
+    def __init__(self, *rates: float, vocab_size: int, growth: BestNodes | None = None, seed: int = 0) -> None:
+        if not rates or not all(0 < rate < 1 for rate in rates):
+            raise ValueError(f"the rate of a simulated draft lies between 0 and 1, got {rates}")
+        self.rates, self.growth = rates, BestNodes() if growth is None else growth
         self._vocab_size, self._seed = vocab_size, seed
         self._texts: dict[tuple[int, ...], list[int]] = {}
         self._text: list[int] = []
@@ -93,7 +95,8 @@ class OracleDrafter:
         place = length + (0 if node == ROOT else int(tree.depth[node]))
         if place not in self._positions:
             rng = random.Random(f"{self._seed} {place} {self._text[place - 1 : place + 1]}")
-            first = rng.betavariate(CONCENTRATION * self.rate, CONCENTRATION * (1 - self.rate))
+            rate = self.rates[place // PASSAGE % len(self.rates)]
+            first = rng.betavariate(CONCENTRATION * rate, CONCENTRATION * (1 - rate))
             first = min(max(first, 0.01), 0.99)
             shares = [first]
             for _ in range(1, BRANCHES):  # half of what is left, and never more than the choice before

@@ -91,8 +91,8 @@ class CostAwareShaper:
 
     Two things are learnt from what was tried alone: whether drafting goes on where a path is improbable, and how often
     improbable nodes are accepted. So some rounds explore: they draft further and verify more than seems to pay. What
-    they lose is taken from a credit that grows by `EXPLORE` of the time, so it is bounded whatever the draft; where they
-    lose nothing, because more was accepted than expected, the next round explores too.
+    they lose is taken from a credit that grows by `EXPLORE` of the time, so it is bounded whatever the draft; where
+    they lose nothing, because more was accepted than expected, the next round explores too.
 
     Args:
         cost: of the target, from `calibrate`.
@@ -120,7 +120,7 @@ class CostAwareShaper:
         self._union = UnionEstimate(num_experts, share=1.0 if num_experts == 1 else 0.15)
         plain = overhead + cost.milliseconds(1, self._union.active, self._union.active)
         level = max(draft_level, 0.02 * plain)
-        # Of a proposal, its levels and the nodes whose children were drafted; of a round, its tokens and the cost model's.
+        # Of a proposal, its levels, and nodes whose children are drafted; of a round, its tokens, and the cost model's.
         self._drafting = TimeEstimate((0.0, draft_level, 0.0), doubts=(2 * level, 2 * level, level / 2))
         self._verifying = TimeEstimate((overhead, 0.0, 1.0), doubts=(plain / 8, plain / 16, 0.25))
         self._tokens, self._milliseconds = float(FIRST_ROUNDS), FIRST_ROUNDS * plain
@@ -138,11 +138,6 @@ class CostAwareShaper:
         """Tokens per millisecond of the recent rounds, without what exploring took; of plain decoding at least."""
         active = self._union.active
         return max(self._tokens / self._milliseconds, 1 / self._current_cost().milliseconds(1, active, active))
-
-    @property
-    def overhead(self) -> float:
-        """Milliseconds that every round costs beside the target's and the draft's, as learnt so far."""
-        return self._verifying.prices[0]
 
     def budget(self, most: Budget) -> Budget:
         """What to draft: the steps that lately brought more than they cost, and more where this round explores."""
