@@ -70,11 +70,11 @@ def test_a_union_of_everything_stays_finite() -> None:
 
 
 def test_prices_are_learnt_from_times_that_vary_apart() -> None:
-    true = (1.0, 2.0, 0.5)
     estimate = TimeEstimate((0.0, 1.0, 0.0), doubts=(2.0, 2.0, 0.5))
     for levels, nodes in [(1, 1), (2, 3), (5, 9), (3, 3), (4, 12), (1, 1), (2, 6)] * 6:
-        estimate.observe((1, levels, nodes), true[0] + true[1] * levels + true[2] * nodes)
-    assert estimate.prices == pytest.approx(true, rel=0.1)
+        estimate.observe((1, levels, nodes), 1 + 2 * levels + 0.5 * nodes)
+    for levels, nodes in [(1, 1), (5, 9), (4, 12), (3, 12)]:
+        assert estimate.milliseconds((1, levels, nodes)) == pytest.approx(1 + 2 * levels + 0.5 * nodes, rel=0.05)
 
 
 def test_a_time_far_too_long_teaches_little_and_prices_stay_positive() -> None:
