@@ -21,7 +21,7 @@ MAX_DEPTH = 8  # deeper levels count as this one
 UNION_DEPTH = 3  # the same for what a node brings
 FORGET_ACCEPTANCE = 0.995
 FORGET_UNION = 0.997
-FORGET_TIME = 0.98
+FORGET_TIME = 0.99
 TIME_NOISE, OUTLIER = 0.2, 3.0  # standard deviation of a time; more than this is cut; both as shares of the expected
 POOLS = (0.2, 0.3, 0.4, 0.55, 0.75, 1.0)  # sizes, as shares of all experts
 
@@ -153,8 +153,8 @@ class TimeEstimate:
 
     def __init__(self, prices: Sequence[float], *, doubts: Sequence[float]) -> None:
         self.prices = list(prices)
-        self._most = [doubt**2 for doubt in doubts]
-        self._covariance = [[most * (i == j) for j in range(len(prices))] for i, most in enumerate(self._most)]
+        self._first = [[doubt**2 * (i == j) for j in range(len(prices))] for i, doubt in enumerate(doubts)]
+        self._covariance = self._first
 
     def milliseconds(self, quantities: Sequence[float]) -> float:
         return sum(price * quantity for price, quantity in zip(self.prices, quantities))
@@ -173,6 +173,7 @@ class TimeEstimate:
 
     def forget(self) -> None:
         """A round passes: prices that are not measured become as doubtful again as they were at first."""
-        own = [row[i] / FORGET_TIME for i, row in enumerate(self._covariance)]
-        scale = [math.sqrt(min(1.0, most / max(value, 1e-30)) / FORGET_TIME) for value, most in zip(own, self._most)]
-        self._covariance = [[s * t * value for value, t in zip(row, scale)] for row, s in zip(self._covariance, scale)]
+        self._covariance = [
+            [first + FORGET_TIME * (value - first) for value, first in zip(row, first_row)]
+            for row, first_row in zip(self._covariance, self._first)
+        ]

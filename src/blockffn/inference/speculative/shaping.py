@@ -23,9 +23,9 @@ FORGET_RATE, FIRST_ROUNDS = 0.99, 2  # plain ones, from which the rate starts
 HOPELESS = 0.25  # of the rate: what a node must promise per millisecond for growth to go on
 # Steps of drafting: children of the root alone, then of nodes whose path is ever less probable.
 STEPS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12, 0.08, 0.05, 0.0)
-HOPE, HOPED_ROUNDS = 0.2, 4.0  # tokens that a step brings, and in how many rounds, before anything is known
-FORGET_WORTH, FEWEST_ROUNDS = 0.97, 2.0  # what a step was worth in earlier rounds counts as so many at least
-EXPLORE, MOST_CREDIT = 0.01, 0.5  # of the time; of a round's
+HOPE = 0.1  # tokens that a step brings, before anything is known
+FORGET_WORTH, FEWEST_ROUNDS = 0.97, 2.0  # what a step was worth before a round counts as so many at least
+EXPLORE, MOST_CREDIT = 0.0125, 0.5  # of the time; of a round's
 FURTHER, WIDER = (1, 2, 4), 2  # steps more, in turn; times as many nodes
 
 
@@ -125,8 +125,8 @@ class CostAwareShaper:
         self._verifying = TimeEstimate((overhead, 0.0, 1.0), doubts=(plain / 8, plain / 16, 0.25))
         self._tokens, self._milliseconds = float(FIRST_ROUNDS), FIRST_ROUNDS * plain
         self._worth = [HOPE] * len(STEPS)  # tokens that each step brought lately, less what its time is worth
-        self._seen = [HOPED_ROUNDS] * len(STEPS)
-        self._credit, self._explored = 0.0, 0  # milliseconds, rounds
+        self._seen = [FEWEST_ROUNDS] * len(STEPS)
+        self._credit, self._explored = -plain, 0  # milliseconds, rounds
         self._usual = self._taken = 0  # steps that seem to pay, and those taken in this round
         self._lost = 0.0  # by exploring, in this round, as far as is known before the verification
         self._more: dict[int, float] = {}  # nodes that are verified to explore, with the hope of each
