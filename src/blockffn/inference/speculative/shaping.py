@@ -122,7 +122,7 @@ class CostAwareShaper:
         level = max(draft_level, 0.02 * plain)
         # Of a proposal, its levels, and nodes whose children are drafted; of a round, its tokens, and the cost model's.
         self._drafting = TimeEstimate((0.0, draft_level, 0.0), doubts=(2 * level, 2 * level, level / 2))
-        self._verifying = TimeEstimate((overhead, 0.0, 1.0), doubts=(plain / 8, plain / 16, 0.25))
+        self._verifying = TimeEstimate((overhead, 0.0, 1.0), doubts=(plain / 2, plain / 16, 0.25))
         self._tokens, self._milliseconds = float(FIRST_ROUNDS), FIRST_ROUNDS * plain
         self._worth = [HOPE] * len(STEPS)  # tokens that each step brought lately, less what its time is worth
         self._seen = [FEWEST_ROUNDS] * len(STEPS)
