@@ -167,12 +167,12 @@ class CostAwareShaper:
         nodes = choice.nodes
         if self._explores:
             count = max(WIDER * len(nodes), 2)
-            nodes = tree.path_log_probs.sort(descending=True, stable=True).indices[:count].tolist()
+            nodes = tree.path_log_probs.sort(descending=True, stable=True).indices[:count].sort().values.tolist()
             log_used = prices.union.start() + sum(brings[node] for node in nodes)
-            more = prices.milliseconds(len(nodes) + 1, log_used) - prices.milliseconds(1, prices.union.start())
-            self._lost += max(sum(net.values()) - sum(reach[node] for node in nodes) + rate * more, 0.0) / rate
-            place = {node: i for i, node in enumerate(sorted(nodes))}
-            self._more = {place[node]: reach[node] for node in nodes if node not in net}
+            spent = prices.milliseconds(len(nodes) + 1, log_used) - prices.milliseconds(1, prices.union.start())
+            worth = sum(reach[node] for node in nodes) - rate * spent
+            self._lost += max(sum(net.values()) - worth, 0.0) / rate
+            self._more = {place: reach[node] for place, node in enumerate(nodes) if node not in net}
         self._begun = self._now()
         self._shaping = self._begun - began
         return tree.subtree(torch.tensor(nodes, dtype=torch.int64))
@@ -221,7 +221,7 @@ class CostAwareShaper:
         if self._clock is None:
             return
         self._drafting.observe(self._drafted, milliseconds)
-        if self._explores:
+        if self._explores:  # it is charged for no more than what was measured
             self._lost += min(milliseconds - self._drafting.milliseconds(self._drafted), 0.0)
 
     def _learn_worth(self, tree: DraftTree, net: dict[int, float], drafting: _Drafting) -> None:
@@ -246,7 +246,7 @@ class _Drafting:
     def __init__(self, tree: DraftTree) -> None:
         self._probabilities = tree.path_log_probs.exp().tolist()
         self._depths = tree.depth.tolist()
-        self._deepest = max(self._depths)
+        self._deepest = max(self._depths, default=0)
 
     def step_of(self, parent: int) -> int:
         """The first of `STEPS` in which the children of a node are drafted."""
