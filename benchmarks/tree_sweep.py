@@ -1,11 +1,13 @@
 """Trees cut by cost against trees of a fixed size, decoding for real: `tree_simulation.py` is the simulation.
 
-    python benchmarks/tree_sweep.py /tmp/synthetic-0.8b --dense /tmp/synthetic-0.8b-dense --rates 0.4 0.6 0.8 0.9 \\
-        --precisions bf16 int4 --json tree-sweep.json --plot tree-sweep.png
+    python benchmarks/tree_sweep.py /tmp/synthetic-0.8b --dense /tmp/synthetic-0.8b-dense --precisions bf16 int4 \\
+        --drafts oracle:0.4 oracle:0.75 oracle:0.9 oracle:0.9,0.1 --json tree-sweep.json --plot tree-sweep.png
+    python benchmarks/tree_sweep.py models/mini-books --precisions int4 --drafts ngram
 
-A regime is a model, a precision and a draft that is right at some rate (simulated acceptance, the time of a real head
-of random weights). In every regime plain decoding, trees of several fixed sizes and the tree that is cut by cost take
-turns on the same prompts; all drafts are right at the same places. `gain` is the tree by cost over the best fixed size
+A regime is a model, a precision and a draft: one that is right at some rate (simulated acceptance, the time of a real
+head of random weights), or at several in turn, a passage of the text each; n-grams; or a trained draft's folder. In
+every regime plain decoding, trees of several fixed sizes and the tree that is cut by cost take turns on the same
+prompts; all drafts are right at the same places. `gain` is the tree by cost over the best fixed size
 of the regime, which nobody knows in advance, and over plain decoding.
 """
 
@@ -26,7 +28,7 @@ from matplotlib.figure import Figure
 
 from blockffn.checkpoints.load import load
 from blockffn.checkpoints.tokenizer import load_tokenizer
-from blockffn.evaluation.decoding.modes import BY_COST, FIXED, ORACLE, PLAIN, Subject
+from blockffn.evaluation.decoding.modes import BY_COST, FIXED, PLAIN, Subject
 from blockffn.evaluation.decoding.prompts import EncodedPrompt, encode_prompts, own_prompts
 from blockffn.evaluation.decoding.rounds import WayResult, time_ways
 from blockffn.evaluation.machine import describe_machine
@@ -48,7 +50,7 @@ class Sweep:
 
     model: str
     precision: str
-    rate: float
+    draft: str
     fixed: dict[int, float]
     by_cost: float
     tree_size: float
@@ -58,7 +60,7 @@ class Sweep:
     gain_over_plain: float
 
 
-def summarise(model: str, precision: str, rate: float, results: Sequence[WayResult]) -> Sweep:
+def summarise(model: str, precision: str, draft: str, results: Sequence[WayResult]) -> Sweep:
     """From the timed ways of a regime, the tree by cost being the baseline of their ratios."""
     fixed, ratios = {}, {}
     cut = next(result for result in results if result.way.endswith(BY_COST))
@@ -74,7 +76,7 @@ def summarise(model: str, precision: str, rate: float, results: Sequence[WayResu
     return Sweep(
         model,
         precision,
-        rate,
+        draft,
         fixed,
         cut.overall.tokens_per_second,
         cut.tree_size,
@@ -86,23 +88,23 @@ def summarise(model: str, precision: str, rate: float, results: Sequence[WayResu
 
 
 def sweep_regime(
-    subject: Subject, precision: str, rate: float, prompts: Sequence[EncodedPrompt], *, tokens: int, rounds: int,
+    subject: Subject, precision: str, draft: str, prompts: Sequence[EncodedPrompt], *, tokens: int, rounds: int,
     sizes: Sequence[int] = FIXED_SIZES,
 ) -> Sweep:  # fmt: skip
     """Time one regime."""
-    subject.draft = f"{ORACLE}{rate}"
+    subject.draft = draft
     ways = [subject.plain(), *(subject.speculating(tree=size) for size in sizes), subject.speculating(tree="auto")]
     for way in ways:
         text = way.run(prompts[0].ids, tokens).token_ids  # also what is done once
         if text != subject.continuations[prompts[0].ids]:
             raise ValueError(f"{way.name} says something else than plain decoding; it is not timed")
     results = time_ways(ways, prompts, max_new_tokens=tokens, rounds=rounds, baseline=ways[-1].name)
-    return summarise(subject.label, precision, rate, results)
+    return summarise(subject.label, precision, draft, results)
 
 
 @styled
 def draw(rows: Sequence[dict[str, Any]], machine: str) -> Figure:
-    """One panel a model and precision: rates over the draft's, fixed sizes thin, the tree by cost thick."""
+    """One panel a model and precision: rates by draft, fixed sizes thin, the tree by cost thick."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["precision"]), []).append(row)
@@ -111,7 +113,7 @@ def draw(rows: Sequence[dict[str, Any]], machine: str) -> Figure:
     for axes in panels.flat[len(groups) :]:
         axes.set_axis_off()
     for axes, ((model, precision), own) in zip(panels.flat, groups.items()):
-        x = [row["rate"] for row in own]
+        x = list(range(len(own)))
         ends = []
         for size in own[0]["fixed"]:
             y = [row["fixed"][size] for row in own]
@@ -123,8 +125,8 @@ def draw(rows: Sequence[dict[str, Any]], machine: str) -> Figure:
         ends.append((y[-1], "by cost", GREEN))
         axes.set_ylim(0, 1.1 * max(max(*row["fixed"].values(), row["by_cost"]) for row in own))
         axes.set_title(f"{model}, {precision}: new tokens per second")
-        axes.set_xticks(x)
-        axes.set_xlabel("rate at which the draft's first choice is right")
+        axes.set_xticks(x, [row["draft"] for row in own])
+        axes.set_xlabel("draft; of a simulated one the rate at which its first choice is right")
         chart.end_labels(axes, ends)
     figure.supxlabel(f"numbers: draft tokens of a fixed tree. {machine}", size=7, color=MUTED)
     return figure
@@ -134,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--dense", type=Path, help="a dense model, swept as well")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.4, 0.6, 0.8, 0.9])
+    parser.add_argument("--drafts", nargs="+", default=[f"oracle:{rate}" for rate in ("0.4", "0.6", "0.8", "0.9")])
     parser.add_argument("--precisions", nargs="+", default=["auto"])
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(FIXED_SIZES))
@@ -147,7 +149,7 @@ def main() -> None:
     rows = []
     machine = describe_machine(torch.device("cpu" if not torch.cuda.is_available() else "cuda"))
     columns = "".join(f"{'plain' if size == 0 else size:>8}" for size in (0, *options.sizes))
-    print(f"{'new tokens/s':<26}{columns}{'by cost (nodes)':>18}{'over best':>11}{'over plain':>11}")
+    print(f"{'new tokens/s':<32}{columns}{'by cost (nodes)':>18}{'over best':>11}{'over plain':>11}")
     for path in (options.model, *([options.dense] if options.dense else [])):
         model = load(path, device="cuda" if torch.cuda.is_available() else "cpu")
         label = "dense" if model.config.ffn_type == "dense" else "sparse"
@@ -157,16 +159,16 @@ def main() -> None:
             target = make_target(model, backend=options.backend, precision=precision, capacity=capacity)
             subject = Subject(label, model, target)
             subject.learn(prompts, options.tokens)
-            for rate in options.rates:
+            for draft in options.drafts:
                 row = sweep_regime(
-                    subject, precision, rate, prompts, tokens=options.tokens, rounds=options.rounds,
+                    subject, precision, draft, prompts, tokens=options.tokens, rounds=options.rounds,
                     sizes=options.sizes,
                 )  # fmt: skip
                 rows.append(asdict(row))
                 rates = "".join(f"{row.fixed[size]:>8.1f}" for size in (0, *options.sizes))
                 cut = f"{row.by_cost:.1f} ({row.tree_size:.1f})"
                 gains = f"{row.gain:>10.2f}×{row.gain_over_plain:>10.2f}×"
-                print(f"{label}, {precision}, right {rate:<7}{rates}{cut:>18}{gains}", flush=True)
+                print(f"{f'{label}, {precision}, {draft}':<32}{rates}{cut:>18}{gains}", flush=True)
     over = [row["gain"] for row in rows]
     print(f"over the best fixed size: {min(over):.2f} … {max(over):.2f}, median {statistics.median(over):.2f}")
     if options.json is not None:

@@ -27,7 +27,7 @@ RESULTS = [
 
 
 def test_the_best_fixed_size_is_that_of_the_rounds() -> None:
-    sweep = summarise("sparse", "int4", 0.8, RESULTS)
+    sweep = summarise("sparse", "int4", "oracle:0.8", RESULTS)
     assert sweep.fixed == {0: 10.0, 3: 19.0, 15: 18.0}
     assert sweep.best_fixed == 15
     assert sweep.gain == pytest.approx(1 / 0.95)
@@ -37,9 +37,9 @@ def test_the_best_fixed_size_is_that_of_the_rounds() -> None:
 
 def test_the_figure_has_a_panel_for_every_model_and_precision() -> None:
     rows = [
-        {"model": model, "precision": "int4", "rate": rate, "fixed": {"0": 10.0, "3": 12.0}, "by_cost": 13.0}
+        {"model": model, "precision": "int4", "draft": draft, "fixed": {"0": 10.0, "3": 12.0}, "by_cost": 13.0}
         for model in ("sparse", "dense", "other")
-        for rate in (0.5, 0.8)
+        for draft in ("oracle:0.5", "oracle:0.8")
     ]
     figure = draw(rows, "a machine")
     assert sum(axes.axison for axes in figure.axes) == 3

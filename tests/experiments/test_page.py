@@ -153,7 +153,7 @@ def test_evidence_of_a_record_is_shown_with_its_plots_and_others_are_named(folde
 
 def test_every_group_of_the_ablation_is_there_and_names_what_has_not_run(folder: Path) -> None:
     text = page_of(folder).text
-    for group in ("Objectives", "Router norm and gated experts", "Granularity", "Load balancing"):
+    for group in ("Objectives", "Router norm and gated experts", "Granularity", "Load balancing and dead experts"):
         assert f"### {group}\n" in text
     assert "**Not run: router without norm; gated experts, width 43.**" in text
     assert row(text, "router without norm")[-1] == "missing"

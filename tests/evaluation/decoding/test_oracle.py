@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from blockffn.configuration import BlockFFNConfig
-from blockffn.evaluation.decoding.oracle import BRANCHES, OracleDrafter, PricedDrafter, random_eagle_head
+from blockffn.evaluation.decoding.oracle import BRANCHES, PASSAGE, OracleDrafter, PricedDrafter, random_eagle_head
 from blockffn.inference.decode import GenerationSettings, generate
 from blockffn.inference.model_target import ModelTarget
 from blockffn.inference.speculative.decode import Speculation, speculative_generate
 from blockffn.inference.speculative.drafters.eagle import eagle_drafter
-from blockffn.inference.speculative.growth import BestNodes, Budget
+from blockffn.inference.speculative.growth import BestNodes, Budget, Growth
 from blockffn.inference.speculative.statistics import SpeculationStatistics
 from blockffn.inference.speculative.tree import DraftTree
 from blockffn.models.causal_lm import BlockFFNForCausalLM
@@ -92,6 +93,52 @@ def test_equal_seeds_are_right_at_the_same_places_whatever_the_tree() -> None:
         assert first == (int(tree.tokens[tree.children(-1)[0]]) == whole[place])
 
 
+def test_of_several_rates_each_is_that_of_a_passage_in_turn() -> None:
+    drafter = OracleDrafter(0.9, 0.1, vocab_size=VOCABULARY, growth=BestNodes(top_k=1, depth=1, size=1))
+    whole = [*PROMPT, *text(2000)]
+    drafter.learn(PROMPT, whole[3:])
+    drafter.start(torch.tensor(PROMPT))
+    right: tuple[list[bool], list[bool]] = ([], [])
+    for place in range(3, 1900):
+        token = int(drafter.propose(torch.tensor(whole[:place]), Budget(1, 1)).tokens[0])
+        right[place // PASSAGE % 2].append(token == whole[place])
+    easy, hard = (sum(found) / len(found) for found in right)
+    assert (easy, hard) == (pytest.approx(0.9, abs=0.05), pytest.approx(0.1, abs=0.05))
+
+
+def test_what_is_priced_runs_on_the_levels_of_the_oracles_tree() -> None:
+    calls: list[int] = []
+
+    class Counting:
+        """Grows as it is told and notes how many nodes it is asked to draft from."""
+
+        deterministic = True
+
+        def __init__(self, growth: Growth) -> None:
+            self._growth = growth
+
+        def start(self, prompt: Tensor) -> None: ...
+
+        def observe(self, tokens: Tensor, hidden: Tensor) -> None: ...
+
+        def propose(self, context: Tensor, budget: Budget) -> DraftTree:
+            def expand(tree: DraftTree, nodes: list[int]) -> Tensor:
+                calls.append(len(nodes))
+                return torch.zeros(len(nodes), VOCABULARY).log_softmax(dim=-1)
+
+            return self._growth(expand, budget, vocab_size=VOCABULARY)
+
+    drafter, whole = oracle(0.8, 300, top_k=4, depth=4, size=20)
+    priced = PricedDrafter(drafter, Counting)
+    for place in range(3, 60):
+        calls.clear()
+        context = torch.tensor(whole[:place])
+        tree = priced.propose(context, Budget(20, 4, least=0.3))
+        assert tree.tokens.tolist() == drafter.propose(context, Budget(20, 4, least=0.3)).tokens.tolist()
+        assert len(calls) >= int(tree.depth.max())
+        assert sum(calls) >= len(set(tree.parent_list))
+
+
 def test_an_unknown_prompt_gets_trees_that_are_wrong() -> None:
     drafter, _ = oracle(0.9)
     drafter.start(torch.tensor([1, 2]))
@@ -118,8 +165,8 @@ def test_with_a_priced_oracle_the_text_is_the_plain_loops_and_the_acceptance_the
     drafter = OracleDrafter(0.8, vocab_size=VOCABULARY, growth=growth)
     drafter.learn(PROMPT, plain)
     counts: list[SpeculationStatistics] = []
-    head = eagle_drafter(random_eagle_head(config, dtype=torch.float32), model, growth=growth)
-    for one in (drafter, PricedDrafter(drafter, head)):
+    head = random_eagle_head(config, dtype=torch.float32)
+    for one in (drafter, PricedDrafter(drafter, lambda levels: eagle_drafter(head, model, growth=levels))):
         generation = speculative_generate(target, Speculation(one), PROMPT, settings)
         assert generation.token_ids == plain
         assert generation.statistics.speculation is not None

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from blockffn.inference.speculative.estimates import AcceptanceEstimate, UnionEstimate
+from blockffn.inference.speculative.estimates import AcceptanceEstimate, TimeEstimate, UnionEstimate
 from blockffn.inference.speculative.tree import DraftTree, chain
 from blockffn.inference.speculative.verify import Verdict
 
@@ -67,3 +67,36 @@ def test_a_union_of_everything_stays_finite() -> None:
     for _ in range(50):
         estimate.observe(chain([1, 2]), union=10, active=[10, 10, 10], last=0)
     assert 9 < estimate.union(estimate.start() + sum(estimate.brings(chain([1, 2])))) <= 10
+
+
+def test_prices_are_learnt_from_times_that_vary_apart() -> None:
+    estimate = TimeEstimate((0.0, 1.0, 0.0), doubts=(2.0, 2.0, 0.5))
+    for levels, nodes in [(1, 1), (2, 3), (5, 9), (3, 3), (4, 12), (1, 1), (2, 6)] * 6:
+        estimate.observe((1, levels, nodes), 1 + 2 * levels + 0.5 * nodes)
+    for levels, nodes in [(1, 1), (5, 9), (4, 12), (2, 6)]:
+        assert estimate.milliseconds((1, levels, nodes)) == pytest.approx(1 + 2 * levels + 0.5 * nodes, rel=0.1)
+
+
+def test_a_time_far_too_long_teaches_little_and_prices_stay_positive() -> None:
+    estimate = TimeEstimate((1.0, 1.0), doubts=(0.5, 0.5))
+    for _ in range(50):
+        estimate.observe((1, 3), 4.0)
+    before = estimate.milliseconds((1, 3))
+    estimate.observe((1, 3), 4000.0)
+    assert estimate.milliseconds((1, 3)) < 1.5 * before
+    for _ in range(50):
+        estimate.observe((1, 3), 0.0)
+    assert min(estimate.prices) >= 0
+
+
+def test_what_was_not_measured_for_long_is_learnt_anew_at_once() -> None:
+    known, stale = (TimeEstimate((1.0,), doubts=(1.0,)) for _ in range(2))
+    for estimate in (known, stale):
+        for _ in range(100):
+            estimate.observe((1,), 1.0)
+    for _ in range(400):
+        stale.forget()
+    for estimate in (known, stale):
+        estimate.observe((1,), 2.0)
+    assert known.prices[0] < 1.1
+    assert stale.prices[0] > 1.8

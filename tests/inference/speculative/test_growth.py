@@ -66,6 +66,21 @@ def test_a_budget_cuts_what_the_growth_would_take() -> None:
     assert tree.depth.max() <= 2
 
 
+def test_children_are_drafted_only_behind_paths_that_are_probable_enough() -> None:
+    table = torch.randn(9, 9, generator=torch.Generator().manual_seed(1)).log_softmax(dim=-1)
+    asked: list[int] = []
+
+    def expand(tree: DraftTree, nodes: list[int]) -> Tensor:
+        asked.extend(node for node in nodes if node >= 0)
+        assert all(float(tree.path_log_probs[node].exp()) >= 0.2 - 1e-6 for node in nodes if node >= 0)
+        return bigram_expand(table)(tree, nodes)
+
+    tree = grow(expand, top_k=4, depth=4, size=100, least=0.2)
+    assert asked
+    assert len(grow(bigram_expand(table), top_k=4, depth=4, size=100, least=1.0)) == 4  # the root's
+    assert 4 < len(tree) < len(grow(bigram_expand(table), top_k=4, depth=4, size=100))
+
+
 def test_a_reduced_vocabulary_gives_real_token_ids() -> None:
     ids = torch.tensor([40, 10, 30])
     table = torch.tensor([[0.2, 0.7, 0.1]]).log()

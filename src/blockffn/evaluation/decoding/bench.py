@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blockffn.checkpoints.load import load, model_folder
 from blockffn.checkpoints.tokenizer import load_tokenizer
-from blockffn.evaluation.decoding.modes import ORACLE, Subject, oracle_rate
+from blockffn.evaluation.decoding.modes import ORACLE, Subject, oracle_rates
 from blockffn.evaluation.decoding.peers import make_peers
 from blockffn.evaluation.decoding.prompts import EncodedPrompt, Prompt, encode_prompts
 from blockffn.evaluation.decoding.rounds import Check, WayResult, check_way, time_ways
@@ -62,7 +62,7 @@ class BenchSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for draft in (self.draft, self.dense_draft):
             if draft is not None and draft.startswith(ORACLE):
-                oracle_rate(draft)
+                oracle_rates(draft)
 
 
 @dataclass(frozen=True)

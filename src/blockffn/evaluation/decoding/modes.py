@@ -58,26 +58,27 @@ class Subject:
     def _oracle(self, size: int) -> Draft:
         assert self.draft is not None
         growth = BestNodes(top_k=min(size, MOST_CHILDREN), depth=min(size, DEEPEST), size=size)
-        rate = oracle_rate(self.draft)
-        oracle = OracleDrafter(rate, vocab_size=self.model.config.vocab_size, growth=growth, seed=self.seed)
+        oracle = OracleDrafter(
+            *oracle_rates(self.draft), vocab_size=self.model.config.vocab_size, growth=growth, seed=self.seed
+        )
         for prompt, continuation in self.continuations.items():
             oracle.learn(prompt, continuation)
         if not self.price:
             return oracle
         dtype = self.model.model.norm.weight.dtype
         head = random_eagle_head(self.model.config, dtype=dtype).to(self.model.model.norm.weight.device)
-        return PricedDrafter(oracle, trained_drafter(head, self.model, self.target, growth=growth))
+        return PricedDrafter(oracle, lambda levels: trained_drafter(head, self.model, self.target, growth=levels))
 
 
-def oracle_rate(draft: str) -> float:
-    """The number of `oracle:RATE`. Raises `ValueError` unless it lies between 0 and 1."""
+def oracle_rates(draft: str) -> list[float]:
+    """The numbers of `oracle:RATE` or `oracle:RATE,RATE`. Raises `ValueError` unless they lie between 0 and 1."""
     try:
-        rate = float(draft.removeprefix(ORACLE))
+        rates = [float(rate) for rate in draft.removeprefix(ORACLE).split(",")]
     except ValueError:
-        rate = 0.0
-    if not 0 < rate < 1:
+        rates = []
+    if not rates or not all(0 < rate < 1 for rate in rates):
         raise ValueError(f"a simulated draft is written oracle:RATE with a rate between 0 and 1, got {draft!r}")
-    return rate
+    return rates
 
 
 def _name(draft: str) -> str | Path:

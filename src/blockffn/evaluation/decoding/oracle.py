@@ -2,7 +2,7 @@
 
 For timing speculation where no trained draft is at hand, such as with random weights. What it drafts is known in
 advance, so it shows what a draft of that quality would be worth, and nothing about any real one. What drafting costs
-can be made real: `PricedDrafter` runs a real drafter beside it and throws its trees away.
+can be made real: `PricedDrafter` runs a real draft on every level of the oracle's trees.
 
 The draft's confidence varies from position to position around the rate asked for. It is honest: where it says 0.8, its
 first choice is right in 80 of 100 cases. A further choice is right with half of what is left, and so on.
@@ -11,19 +11,21 @@ first choice is right in 80 of 100 cases. A further choice is right with half of
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from blockffn.configuration import BlockFFNConfig
 from blockffn.inference.speculative.drafters import Drafter
-from blockffn.inference.speculative.growth import BestNodes, Budget, grow
+from blockffn.inference.speculative.growth import BestNodes, Budget, Expand, Growth, grow, top_children
 from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
 from blockffn.models.draft import DraftModel
 
 BRANCHES = 8  # children that are offered for a node
+PASSAGE = 32  # tokens of a text that are equally hard
 CONCENTRATION = 2.0  # of the confidences around their mean; small: mostly near 0 or 1
 DRAFT_VOCABULARY = 16384  # tokens that a draft proposes, as the published one does
 
@@ -40,7 +42,8 @@ class OracleDrafter:
     """Proposes trees behind texts that it has been told (`learn`).
 
     Args:
-        rate: mean probability that its first choice is right, between 0 and 1.
+        rates: mean probability that its first choice is right, between 0 and 1. Of several, each is that of a passage
+            of the text, in turn.
         growth: how its distributions become a tree.
         seed: which positions are easy, and where it errs; equal for all who use the same seed.
 
@@ -50,10 +53,10 @@ class OracleDrafter:
 
     deterministic = True
 
-    def __init__(self, rate: float, *, vocab_size: int, growth: BestNodes | None = None, seed: int = 0) -> None:
-        if not 0 < rate < 1:
-            raise ValueError(f"the rate of a simulated draft lies between 0 and 1, got {rate}")
-        self.rate, self.growth = rate, BestNodes() if growth is None else growth
+    def __init__(self, *rates: float, vocab_size: int, growth: BestNodes | None = None, seed: int = 0) -> None:
+        if not rates or not all(0 < rate < 1 for rate in rates):
+            raise ValueError(f"the rate of a simulated draft lies between 0 and 1, got {rates}")
+        self.rates, self.growth = rates, BestNodes() if growth is None else growth
         self._vocab_size, self._seed = vocab_size, seed
         self._texts: dict[tuple[int, ...], list[int]] = {}
         self._text: list[int] = []
@@ -70,16 +73,21 @@ class OracleDrafter:
     def observe(self, tokens: Tensor, hidden: Tensor) -> None:
         """Nothing to learn."""
 
-    def propose(self, context: Tensor, budget: Budget) -> DraftTree:
+    def propose(self, context: Tensor, budget: Budget, *, beside: Expand | None = None) -> DraftTree:
+        """See `Drafter`. `beside`: asked for every level as well, for the time it takes."""
         length = len(context)
         size, depth = min(self.growth.size, budget.nodes), min(self.growth.depth, budget.depth)
         if size < 1 or depth < 1:
             return no_tree()
 
+        top_k = min(self.growth.top_k, BRANCHES)
+
         def expand(tree: DraftTree, nodes: list[int]) -> Tensor:
+            if beside is not None:
+                top_children(beside, tree, nodes, top_k)
             return torch.stack([self._position(length, tree, node).log_probs for node in nodes])
 
-        ranks = grow(expand, top_k=min(self.growth.top_k, BRANCHES), depth=depth, size=size)
+        ranks = grow(expand, top_k=top_k, depth=depth, size=size, least=budget.least)
         return DraftTree(self._tokens(ranks, length), ranks.parents, ranks.log_probs)
 
     def _position(self, length: int, tree: DraftTree, node: int) -> _Position:
@@ -87,7 +95,8 @@ class OracleDrafter:
         place = length + (0 if node == ROOT else int(tree.depth[node]))
         if place not in self._positions:
             rng = random.Random(f"{self._seed} {place} {self._text[place - 1 : place + 1]}")
-            first = rng.betavariate(CONCENTRATION * self.rate, CONCENTRATION * (1 - self.rate))
+            rate = self.rates[place // PASSAGE % len(self.rates)]
+            first = rng.betavariate(CONCENTRATION * rate, CONCENTRATION * (1 - rate))
             first = min(max(first, 0.01), 0.99)
             shares = [first]
             for _ in range(1, BRANCHES):  # half of what is left, and never more than the choice before
@@ -117,26 +126,50 @@ class OracleDrafter:
 
 
 class PricedDrafter:
-    """Proposes what one drafter proposes and takes the time that another takes as well."""
+    """Proposes what an oracle proposes; a real draft runs on every level of its trees, for its time.
 
-    def __init__(self, drafter: Drafter, price: Drafter) -> None:
-        self._drafter, self._price = drafter, price
+    Args:
+        price: makes the real drafter, given how its trees are to grow: as the oracle's.
+    """
 
-    @property
-    def deterministic(self) -> bool:
-        return self._drafter.deterministic
+    deterministic = True
+
+    def __init__(self, oracle: OracleDrafter, price: Callable[[Growth], Drafter]) -> None:
+        self._oracle = oracle
+        self._growth = _OraclesTree(oracle)
+        self._price = price(self._growth)
 
     def start(self, prompt: Tensor) -> None:
         self._price.start(prompt)
-        self._drafter.start(prompt)
+        self._oracle.start(prompt)
 
     def propose(self, context: Tensor, budget: Budget) -> DraftTree:
-        self._price.propose(context, budget)
-        return self._drafter.propose(context, budget)
+        self._growth.context = context
+        return self._price.propose(context, budget)
 
     def observe(self, tokens: Tensor, hidden: Tensor) -> None:
         self._price.observe(tokens, hidden)
-        self._drafter.observe(tokens, hidden)
+
+
+class _OraclesTree:
+    """A `Growth` that asks for the distributions of the oracle's nodes and takes the oracle's word."""
+
+    deterministic: ClassVar[bool] = True
+    context: Tensor
+
+    def __init__(self, oracle: OracleDrafter) -> None:
+        self._oracle = oracle
+
+    def __call__(
+        self,
+        expand: Expand,
+        budget: Budget,
+        *,
+        vocab_size: int,
+        token_ids: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> DraftTree:
+        return self._oracle.propose(self.context, budget, beside=expand)
 
 
 def random_eagle_head(config: BlockFFNConfig, *, dtype: torch.dtype, seed: int = 0) -> DraftModel:

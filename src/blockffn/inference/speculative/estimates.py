@@ -1,13 +1,15 @@
-"""What a tree is worth and what it brings, learnt while decoding.
+"""What a tree is worth, brings and costs, learnt while decoding.
 
 `AcceptanceEstimate` corrects the draft's probabilities by what was accepted. `UnionEstimate` predicts how many experts
-the nodes of a tree use together. Both forget slowly, because texts change.
+the nodes of a tree use together. `TimeEstimate` corrects what was assumed of times. All forget slowly, because texts
+and machines change.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -17,8 +19,10 @@ from blockffn.inference.speculative.verify import Verdict
 BIN_EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)
 MAX_DEPTH = 8  # deeper levels count as this one
 UNION_DEPTH = 3  # the same for what a node brings
-FORGET_ACCEPTANCE = 0.9995
+FORGET_ACCEPTANCE = 0.995
 FORGET_UNION = 0.997
+FORGET_TIME = 0.99
+TIME_NOISE, OUTLIER = 0.2, 3.0  # standard deviation of a time; more than this is cut; both as shares of the expected
 POOLS = (0.2, 0.3, 0.4, 0.55, 0.75, 1.0)  # sizes, as shares of all experts
 
 
@@ -58,14 +62,16 @@ class AcceptanceEstimate:
 
     def observe(self, tree: DraftTree, verdict: Verdict) -> None:
         """Learn from the children of every accepted node, and of the root."""
+        for table in (self._hoped, self._accepted):
+            table[:] = [[FORGET_ACCEPTANCE * value for value in row] for row in table]
         probabilities, depths = tree.log_probs.exp().tolist(), tree.depth.tolist()
         on_path = {ROOT, *verdict.path}
         for node, parent in enumerate(tree.parent_list):
             if parent in on_path:
                 bin_ = bisect.bisect(BIN_EDGES, probabilities[node])
                 for level in (0, min(depths[node], MAX_DEPTH)):
-                    self._hoped[level][bin_] = self._hoped[level][bin_] * FORGET_ACCEPTANCE + probabilities[node]
-                    self._accepted[level][bin_] = self._accepted[level][bin_] * FORGET_ACCEPTANCE + (node in on_path)
+                    self._hoped[level][bin_] += probabilities[node]
+                    self._accepted[level][bin_] += node in on_path
 
 
 class UnionEstimate:
@@ -134,3 +140,40 @@ class UnionEstimate:
     @staticmethod
     def _kinds(tree: DraftTree) -> torch.Tensor:
         return 2 * (tree.depth.clamp(max=UNION_DEPTH) - 1) + (tree.rank > 0)
+
+
+class TimeEstimate:
+    """Milliseconds as a sum of quantities, each at a price: non-negative prices, by recursive least squares.
+
+    Errors are relative to what was expected, so that short and long times teach alike.
+
+    Args:
+        prices: assumed before anything was measured. doubts: how far off each may be (a standard deviation).
+    """
+
+    def __init__(self, prices: Sequence[float], *, doubts: Sequence[float]) -> None:
+        self.prices = list(prices)
+        self._first = [[doubt**2 * (i == j) for j in range(len(prices))] for i, doubt in enumerate(doubts)]
+        self._covariance = self._first
+
+    def milliseconds(self, quantities: Sequence[float]) -> float:
+        return sum(price * quantity for price, quantity in zip(self.prices, quantities))
+
+    def observe(self, quantities: Sequence[float], milliseconds: float) -> None:
+        """Learn from a measurement. What takes far too long was the machine being busy with something else."""
+        expected = max(self.milliseconds(quantities), 1e-6)
+        relative = [quantity / expected for quantity in quantities]
+        spread = [sum(value * x for value, x in zip(row, relative)) for row in self._covariance]
+        variance = TIME_NOISE**2 + sum(x * value for x, value in zip(relative, spread))
+        missed = min(milliseconds / expected, OUTLIER) - 1
+        self.prices = [max(price + value * missed / variance, 0.0) for price, value in zip(self.prices, spread)]
+        self._covariance = [
+            [value - a * b / variance for value, b in zip(row, spread)] for row, a in zip(self._covariance, spread)
+        ]
+
+    def forget(self) -> None:
+        """A round passes: prices that are not measured become as doubtful again as they were at first."""
+        self._covariance = [
+            [first + FORGET_TIME * (value - first) for value, first in zip(row, first_row)]
+            for row, first_row in zip(self._covariance, self._first)
+        ]

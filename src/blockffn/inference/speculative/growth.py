@@ -5,6 +5,7 @@ Both ask an `Expand` for the distributions behind some nodes, a level at a time,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -24,10 +25,15 @@ for it, which gives their log-probabilities and indices `[K, top_k]`, the most p
 
 @dataclass(frozen=True)
 class Budget:
-    """What a tree may have: so many nodes, so many levels."""
+    """What a tree may have: so many nodes, so many levels.
+
+    `least`: the probability that a node's path must have for children to be drafted. It saves time where drafting takes
+    some; a drafter that takes none may ignore it.
+    """
 
     nodes: int
     depth: int
+    least: float = 0.0
 
 
 class Growth(Protocol):
@@ -65,7 +71,7 @@ class BestNodes:
         generator: torch.Generator | None = None,
     ) -> DraftTree:
         depth, size = min(self.depth, budget.depth), min(self.size, budget.nodes)
-        return grow(expand, top_k=self.top_k, depth=depth, size=size, token_ids=token_ids)
+        return grow(expand, top_k=self.top_k, depth=depth, size=size, least=budget.least, token_ids=token_ids)
 
 
 @dataclass(frozen=True)
@@ -88,19 +94,23 @@ class DrawnNodes:
         return draw(expand, widths=widths, vocab_size=vocab_size, token_ids=token_ids, generator=generator)
 
 
-def grow(expand: Expand, *, top_k: int, depth: int, size: int, token_ids: Tensor | None = None) -> DraftTree:
+def grow(
+    expand: Expand, *, top_k: int, depth: int, size: int, least: float = 0.0, token_ids: Tensor | None = None
+) -> DraftTree:
     """Grow a tree as EAGLE-2 does.
 
     Args:
         expand: called once a level, with the best `top_k` nodes of the level before; first with the root.
         top_k: children of an expanded node, and nodes expanded in a level.
         depth: levels. size: nodes that are kept in the end, the best by their paths.
+        least: see `Budget`.
         token_ids: `[V']` ids of a reduced vocabulary's tokens; `None`: a token's index is its id.
     """
     tree = no_tree()
     level = [ROOT]
+    floor = math.log(least) if least > 0 else -math.inf
     for _ in range(depth if size > 0 else 0):
-        values, indices = (t.cpu() for t in _top(expand, tree, level, top_k))
+        values, indices = (t.cpu() for t in top_children(expand, tree, level, top_k))
         keep = values.flatten().isfinite()
         parents = torch.tensor(level).repeat_interleave(values.shape[1])[keep]
         tokens = indices.flatten()[keep] if token_ids is None else token_ids.cpu()[indices.flatten()[keep]]
@@ -115,14 +125,15 @@ def grow(expand: Expand, *, top_k: int, depth: int, size: int, token_ids: Tensor
         scores = tree.path_log_probs[start:]
         best = scores.sort(descending=True, stable=True).indices[:top_k]
         # A node below the last that is kept has no descendant above it.
-        bar = tree.path_log_probs.sort(descending=True).values[size - 1] if len(tree) >= size else -torch.inf
-        level = sorted((start + best[scores[best] > bar]).tolist())
+        bar = float(tree.path_log_probs.sort(descending=True).values[size - 1]) if len(tree) >= size else -math.inf
+        level = sorted((start + best[(scores[best] > bar) & (scores[best] >= floor)]).tolist())
         if not level:
             break
     return tree.best(size)
 
 
-def _top(expand: Expand, tree: DraftTree, level: list[int], top_k: int) -> tuple[Tensor, Tensor]:
+def top_children(expand: Expand, tree: DraftTree, level: list[int], top_k: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and indices `[len(level), top_k]` of the most probable children. See `Expand`."""
     own = getattr(expand, "best", None)
     if own is not None:
         found: tuple[Tensor, Tensor] = own(tree, level, top_k)
