@@ -163,7 +163,7 @@ typedef struct {
   float* hidden;          /* [num_tokens][hidden_size], after the last norm */
   float* logits;          /* [num_logits][head's outputs rounded up to 32]; destroyed where they are ranked */
   /* Up to BLOCKFFN_MAX_BEST and the head's outputs, with a screen and without num_best: of each row the num_exact largest
-   * logits and all that equal the least of these are as ever; others may be -infinity. 0: all are as ever. */
+   * logits, and all that equal the least of these but for rounding, are as ever; others may be -infinity. 0: all are as ever. */
   int64_t num_exact;
   int64_t* num_strips;    /* strips of the head that were read; or NULL */
   int64_t num_best;       /* up to BLOCKFFN_MAX_BEST and the head's outputs; 0: logits are not ranked */

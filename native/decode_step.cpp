@@ -186,6 +186,7 @@ class DecodeStep {
       screen(worker, ahead);
     else
       multiply(worker, head_, ahead, in_rows_, step_.num_logits, step_.logits, [](int64_t, int64_t) {});
+    worker.clock.add_to(BLOCKFFN_HEAD);
     if (step_.num_best) {
       meet(worker, [] {});
       ranking_.rank_pieces();
@@ -198,10 +199,13 @@ class DecodeStep {
   void screen(Worker& worker, Stretch ahead) {
     const auto row = [&](int64_t i) { return in_rows_ + i * head_.strips.activation_bytes(); };
     multiply(worker, screen_, ahead, out_rows_, step_.num_logits, step_.logits, [](int64_t, int64_t) {});
+    worker.clock.add_to(BLOCKFFN_HEAD);
     meet(worker, [] {});
     screening_.rank_pieces();
+    worker.clock.add_to(BLOCKFFN_HEAD);
     meet(worker, [&] { screening_.choose(); });
     screening_.read_chosen(row);
+    worker.clock.add_to(BLOCKFFN_HEAD);
     meet(worker, [&] { screening_.set_bars(); });
     screening_.read_rest(row);
   }

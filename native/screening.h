@@ -98,7 +98,9 @@ class Screening {
       for (int64_t i = 0; i < num_chosen_; ++i)
         for (int64_t o = chosen_[i] * kStrip; o < (chosen_[i] + 1) * kStrip && o < head_.outputs; ++o)
           insert(best, count, step_.num_exact, {logits(row)[o], o});
-      bars_[row].value = best[count - 1].value;
+      // A little lower: scores that are divided by a temperature may become equal.
+      const float least = best[count - 1].value;
+      bars_[row].value = least - __builtin_fabsf(least) * (1.0f / (1 << 21));
     }
   }
 
