@@ -40,7 +40,7 @@ def with_head(model: BlockFFNForCausalLM, head: Tensor) -> BlockFFNForCausalLM:
 
 
 def peaked(ids: Tensor, *, copies: int = 1) -> BlockFFNForCausalLM:
-    """With a random head of rows that answer the states behind these tokens, as a trained one has; each several times."""
+    """With a random head of rows that answer the states behind these tokens, as a trained one has; in copies."""
     model = tiny()
     head = torch.randn(VOCAB, 64)
     hidden = prefill(NativeTarget(model), ids).hidden.float()
@@ -78,7 +78,8 @@ def test_the_largest_logits_are_those_of_the_whole_head(format: str, screen: str
         assert_exact(screened.logits, whole.logits, best)
         assert torch.equal(screened.hidden, whole.hidden)
         assert whole.head_share == 1.0
-        assert screened.head_share is not None and screened.head_share <= 1
+        assert screened.head_share is not None
+        assert screened.head_share <= 1
 
 
 @pytest.mark.parametrize(("format", "screen"), [pair for pair in PAIRS if pair[1] == "int4"])
@@ -86,7 +87,8 @@ def test_a_peaked_head_is_hardly_read(format: str, screen: str) -> None:
     ids = torch.randint(0, VOCAB, (16,))
     target = NativeTarget(peaked(ids), format=format, head_format=format, screen_head=screen)
     one, _ = steps(target, ids, 1)
-    assert one.head_share is not None and one.head_share < 0.2
+    assert one.head_share is not None
+    assert one.head_share < 0.2
 
 
 @pytest.mark.parametrize("best", [1, 5])
