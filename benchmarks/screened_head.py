@@ -1,11 +1,12 @@
-"""What reading the head coarsely first brings: greedy decoding with a screened head beside the same with the whole head.
+"""What reading the head coarsely first brings: greedy decoding with a screened head and with the whole one.
 
     python benchmarks/screened_head.py /tmp/synthetic-0.8b --heads bf16:int8 bf16:int4 int8:int4 --precision bf16
     python benchmarks/screened_head.py models/mini-books --unpack --text book.txt --heads bf16:int4 int8:int4
 
-One target decodes both ways in turns on the same prompts, so that weights, memory and machine are the same, and says the
-same tokens, which is checked. `read` is the share of the head that a step read as it is stored beside the screen; `whole`
-counts steps that fell back to the whole head. With `--ask N` steps need the N largest logits, as sampling with top-k does.
+One target decodes both ways in turns on the same prompts, so that weights, memory and machine are the same, and says
+the same tokens, which is checked. `read` is the share of the head that a step read as it is stored, beside the screen;
+`whole` counts steps that fell back to the whole head. With `--ask N` steps need the N largest logits, as sampling with
+top-k does.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ def main() -> None:
         gains.append(gain)
         print(
             f"{head:<6} {screen:<6} {gain.whole_rate:13.1f} {gain.screened_rate:15.1f}   {gain.ratio:.2f} "
-            f"({gain.lowest_ratio:.2f}–{gain.highest_ratio:.2f})  {gain.head_share:8.1%}  {gain.whole_heads} of {gain.steps}",
+            f"({gain.lowest_ratio:.2f}–{gain.highest_ratio:.2f})  {gain.head_share:8.1%}  "
+            f"{gain.whole_heads} of {gain.steps}",
             flush=True,
         )
     if options.json is not None:
