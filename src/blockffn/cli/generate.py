@@ -164,6 +164,9 @@ def _lines(statistics: GenerationStatistics) -> list[str]:
         lines.append(f"weights   {s.weight_bytes_per_token / 1e6:.2f} MB read per token")
     if s.tls is not None and s.union_share is not None:
         lines.append(f"sparsity  {s.tls:.1f} % (TLS); a step reads {s.union_share:.1f} % of the experts")
+    if s.head_share is not None:
+        whole = f"; all of it in {s.whole_heads} of {s.steps} steps" if s.whole_heads else ""
+        lines.append(f"head      {100 * s.head_share:.1f} % read beside its screen{whole}")
     return lines if s.speculation is None else lines + _acceptance(s.speculation)
 
 
