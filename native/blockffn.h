@@ -21,7 +21,7 @@
 
 #include <stdint.h>
 
-#define BLOCKFFN_API_VERSION 3
+#define BLOCKFFN_API_VERSION 4
 
 #pragma GCC visibility push(default) /* all else in the library is hidden */
 #ifdef __cplusplus
@@ -138,6 +138,10 @@ typedef struct {
   blockffn_matrix fusion;   /* of 2 * hidden_size inputs */
   const float* final_norm;  /* or NULL: none */
   blockffn_matrix head;
+  /* A coarse copy of the head, int8 or int4, for steps that need the largest logits alone; else one without data. Its
+   * errors are by strip: of 32 outputs the norms of head - screen, then those of the head; none too small. */
+  blockffn_matrix screen;
+  const float* screen_errors; /* [strips][2][32] */
   const blockffn_layer* layers;
   void* cache; /* blockffn_cache_bytes, zero at first */
 } blockffn_model;
@@ -158,6 +162,10 @@ typedef struct {
   int64_t num_logits;     /* the last so many tokens get logits */
   float* hidden;          /* [num_tokens][hidden_size], after the last norm */
   float* logits;          /* [num_logits][head's outputs rounded up to 32]; destroyed where they are ranked */
+  /* Up to BLOCKFFN_MAX_BEST and the head's outputs, with a screen and without num_best: of each row the num_exact largest
+   * logits, and all that equal the least of these but for rounding, are as ever; others may be -infinity. 0: all are as ever. */
+  int64_t num_exact;
+  int64_t* num_strips;    /* strips of the head that were read; or NULL */
   int64_t num_best;       /* up to BLOCKFFN_MAX_BEST and the head's outputs; 0: logits are not ranked */
   int64_t* best;          /* [num_logits][num_best] outputs of the head with the largest logits, best first, */
   float* best_log_probs;  /* and the logarithms of their shares in the softmax; -infinity where one is not a number */

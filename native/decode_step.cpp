@@ -10,6 +10,7 @@
 #include "dispatch.h"
 #include "embedding.h"
 #include "ranking.h"
+#include "screening.h"
 #include "sparse_ffn.h"
 
 namespace {
@@ -90,12 +91,14 @@ class DecodeStep {
         positions_(positions),
         fusion_(model.fusion),
         head_(model.head),
-        ranking_(isa_, step) {}
+        screen_(model.screen),
+        ranking_(isa_, step),
+        screening_(isa_, model, step) {}
 
   // Plans the memory; returns how many bytes it takes.
   int64_t reserve() {
     const int64_t T = num_tokens_;
-    int64_t in_row = larger(head_.strips.activation_bytes(), fusion_.strips.activation_bytes()), out_row = 0, in = fusion_.strips.padded_outputs(), query = 0, out = 0, router = 0, experts = 0, ffn = 0;
+    int64_t in_row = larger(head_.strips.activation_bytes(), fusion_.strips.activation_bytes()), out_row = screen_.strips.activation_bytes(), in = fusion_.strips.padded_outputs(), query = 0, out = 0, router = 0, experts = 0, ffn = 0;
     for (int64_t i = 0; i < model_.num_layers; ++i) {
       LayerWork work(isa_, model_.layers[i], T, most_threads_);
       in_row = larger(in_row, larger(work.in.strips.activation_bytes(), work.ffn.up().activation_bytes()));
@@ -126,6 +129,7 @@ class DecodeStep {
     at_ffn_ = memory_.reserve(ffn);
     attention_.reserve(memory_, most_threads_);
     ranking_.reserve(memory_, model_.head.outputs);
+    screening_.reserve(memory_);
     return memory_.size();
   }
 
@@ -151,7 +155,9 @@ class DecodeStep {
     weights_ = memory_.at<float>(at_weights_);
     attention_.use(memory_);
     ranking_.use(memory_);
+    screening_.use(memory_);
     run_on_threads([](void* self) { static_cast<DecodeStep*>(self)->on_each_thread(); }, this, most_threads_);
+    if (step_.num_strips) *step_.num_strips = step_.num_exact ? screening_.num_read() : head_.strips.count();
   }
 
  private:
@@ -176,13 +182,32 @@ class DecodeStep {
       ahead = attend(worker, i, ahead);
       ahead = feed_forward(worker, i, ahead);
     }
-    multiply(worker, head_, ahead, in_rows_, step_.num_logits, step_.logits, [](int64_t, int64_t) {});
+    if (step_.num_exact)
+      screen(worker, ahead);
+    else
+      multiply(worker, head_, ahead, in_rows_, step_.num_logits, step_.logits, [](int64_t, int64_t) {});
+    worker.clock.add_to(BLOCKFFN_HEAD);
     if (step_.num_best) {
       meet(worker, [] {});
       ranking_.rank_pieces();
       meet(worker, [&] { ranking_.merge(); });
     }
     worker.clock.add_to(BLOCKFFN_HEAD);
+  }
+
+  // The head's largest logits, see screening.h.
+  void screen(Worker& worker, Stretch ahead) {
+    const auto row = [&](int64_t i) { return in_rows_ + i * head_.strips.activation_bytes(); };
+    multiply(worker, screen_, ahead, out_rows_, step_.num_logits, step_.logits, [](int64_t, int64_t) {});
+    worker.clock.add_to(BLOCKFFN_HEAD);
+    meet(worker, [] {});
+    screening_.rank_pieces();
+    worker.clock.add_to(BLOCKFFN_HEAD);
+    meet(worker, [&] { screening_.choose(); });
+    screening_.read_chosen(row);
+    worker.clock.add_to(BLOCKFFN_HEAD);
+    meet(worker, [&] { screening_.set_bars(); });
+    screening_.read_rest(row);
   }
 
   // fusion * [norm(embedding), norm(state)] of a draft model.
@@ -256,7 +281,7 @@ class DecodeStep {
       add_to_residual(token, begin, end, sums);
     });
     const bool is_last = index + 1 == model_.num_layers;
-    ahead = is_last ? head_.begin(worker.num_threads) : layers_[index + 1].in.begin(worker.num_threads);
+    ahead = is_last ? (step_.num_exact ? screen_ : head_).begin(worker.num_threads) : layers_[index + 1].in.begin(worker.num_threads);
     worker.clock.add_to(BLOCKFFN_FFN);
     for_each_token(worker, work.finished, [&](int64_t t) {
       if (is_last)
@@ -331,6 +356,10 @@ class DecodeStep {
     if (row < 0) return;
     for (int64_t k = 0; k < D; ++k) floats(token)[k] = hidden[k] * model_.head_scale;
     prepare(head_.strips, floats(token), D, row, in_rows_);
+    if (!step_.num_exact) return;
+    prepare(screen_.strips, floats(token), D, row, out_rows_);
+    screening_.measure(row, floats(token), D, in_rows_ + row * head_.strips.activation_bytes(),
+                       out_rows_ + row * screen_.strips.activation_bytes());
   }
 
   void add_to_residual(int64_t token, int64_t begin, int64_t end, const float* sums) const {
@@ -409,7 +438,9 @@ class DecodeStep {
   const Positions& positions_;
   Product fusion_;
   Product head_;
+  Product screen_;
   Ranking ranking_;
+  Screening screening_;
   Counter read_, embedded_;
   Meeting meeting_;
   int64_t joined_ = 0;
@@ -436,6 +467,8 @@ bool is_valid(const blockffn_model& model, const blockffn_step& step) {
   if (step.num_earlier < 0 || step.num_earlier + step.num_tokens > BLOCKFFN_MAX_STEP) return false;
   if (step.length + step.num_earlier + step.num_tokens > model.capacity) return false;
   if (step.num_best < 0 || step.num_best > BLOCKFFN_MAX_BEST || step.num_best > model.head.outputs) return false;
+  if (step.num_exact < 0 || step.num_exact > BLOCKFFN_MAX_BEST || step.num_exact > model.head.outputs) return false;
+  if (step.num_exact && (step.num_best || !model.screen.data)) return false;
   if (model.fusion.data && !step.states) return false;
   for (int64_t t = 0; t < step.num_tokens; ++t)
     if (step.tokens[t] < 0 || step.tokens[t] >= model.vocab_size) return false;
@@ -461,6 +494,7 @@ extern "C" int64_t blockffn_step_workspace(const blockffn_model* model) {
   blockffn_step step{};
   step.num_tokens = step.num_logits = most;
   step.num_best = BLOCKFFN_MAX_BEST;
+  step.num_exact = model->screen.data ? BLOCKFFN_MAX_BEST : 0;
   step.length = model->capacity - most;
   Positions positions;
   positions.set(step);

@@ -8,6 +8,36 @@
 
 namespace blockffn {
 
+struct Candidate {
+  float value;
+  int64_t output;
+};
+
+// Keeps the `most` largest, best first; of equal ones the earlier.
+inline void insert(Candidate* best, int64_t& count, int64_t most, Candidate candidate) {
+  if (count == most && !(candidate.value > best[count - 1].value)) return;
+  int64_t place = count < most ? count++ : count - 1;
+  for (; place > 0 && candidate.value > best[place - 1].value; --place) best[place] = best[place - 1];
+  best[place] = candidate;
+}
+
+// The `most` largest of values[begin .. end), `begin` a multiple of a strip, into `best`; returns how many there are.
+inline int64_t best_of(const float* values, int64_t begin, int64_t end, int64_t most, Candidate* best) {
+  int64_t count = 0;
+  for (int64_t first = begin; first < end; first += kStrip) {
+    const int64_t last = first + kStrip < end ? first + kStrip : end;
+    // Most strips hold none of the best; a comparison that NaN fails says so without branches.
+    if (count == most) {
+      const float bar = best[count - 1].value;
+      int any = 0;
+      for (int64_t i = first; i < last; ++i) any |= values[i] > bar;
+      if (!any) continue;
+    }
+    for (int64_t i = first; i < last; ++i) insert(best, count, most, {values[i], i});
+  }
+  return count;
+}
+
 // A row is ranked in pieces of a fixed length, which threads share; so sums do not depend on their number or timing.
 class Ranking {
  public:
@@ -39,41 +69,18 @@ class Ranking {
  private:
   static constexpr int64_t kPiece = 4096;
 
-  struct Candidate {
-    float value;
-    int64_t output;
-  };
   struct Summary {
     float largest;
     float sum;  // of exp(value - largest)
     int64_t count;
   };
 
-  // Keeps the `most` largest, best first; of equal ones the earlier.
-  static void insert(Candidate* best, int64_t& count, int64_t most, Candidate candidate) {
-    if (count == most && !(candidate.value > best[count - 1].value)) return;
-    int64_t place = count < most ? count++ : count - 1;
-    for (; place > 0 && candidate.value > best[place - 1].value; --place) best[place] = best[place - 1];
-    best[place] = candidate;
-  }
-
   void rank_piece(int64_t row, int64_t piece) const {
     const int64_t begin = piece * kPiece, end = begin + kPiece < outputs_ ? begin + kPiece : outputs_;
     float* values = step_.logits + row * stride_;
     Summary& summary = summaries_[row * pieces_ + piece];
     Candidate* best = best_ + (row * pieces_ + piece) * step_.num_best;
-    summary.count = 0;
-    for (int64_t first = begin; first < end; first += kStrip) {
-      const int64_t last = first + kStrip < end ? first + kStrip : end;
-      // Most strips hold none of the best; a comparison that NaN fails says so without branches.
-      if (summary.count == step_.num_best) {
-        const float bar = best[summary.count - 1].value;
-        int any = 0;
-        for (int64_t i = first; i < last; ++i) any |= values[i] > bar;
-        if (!any) continue;
-      }
-      for (int64_t i = first; i < last; ++i) insert(best, summary.count, step_.num_best, {values[i], i});
-    }
+    summary.count = best_of(values, begin, end, step_.num_best, best);
     summary.largest = best[0].value;
     summary.sum = isa_.exponentials(values + begin, end - begin);
   }

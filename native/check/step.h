@@ -1,5 +1,5 @@
 // Whole steps of a random model: tokens in one step and one by one must give the same bits; as a path of a tree, whose
-// positions are added in another order, nearly the same.
+// positions are added in another order, nearly the same. With the head screened the largest logits are the same bits.
 #pragma once
 
 #include <deque>
@@ -35,7 +35,13 @@ class StepCheck {
     model_.rotary = vector(model_.capacity * model_.rope_width);
     model_.embedding = matrix(model_.vocab_size, kHidden);
     model_.final_norm = vector(kHidden);
-    model_.head = matrix(model_.vocab_size, kHidden);
+    Floats head = random_floats(model_.vocab_size * kHidden);
+    model_.head = matrix(model_.vocab_size, kHidden, head, format);
+    if (format != BLOCKFFN_INT4) {
+      Floats coarse = head;
+      model_.screen = matrix(model_.vocab_size, kHidden, coarse, BLOCKFFN_INT4);
+      model_.screen_errors = screen_errors(head, coarse);
+    }
     for (int layer = 0; layer < model_.num_layers; ++layer) layers_.push_back(make_layer(is_latent, layer == 1));
     model_.layers = layers_.data();
     cache_.resize(static_cast<size_t>(blockffn_cache_bytes(&model_)));
@@ -56,6 +62,12 @@ class StepCheck {
                  compare(branches, 3, together, 2, 2e-2f);
     blockffn_move_positions(&model_, kept, 3, 0);
     differing += compare(step(tokens + 3, nullptr, 1, 3), 0, together, 3);
+    if (model_.screen.data) {
+      num_exact_ = 1;
+      const Floats screened = step(tokens, nullptr, 7, 0);
+      for (int64_t t = 0; t < 7; ++t) differing += compare_largest(screened, together, t);
+      num_exact_ = 0;
+    }
     const int64_t foreign[] = {45};
     return differing + (try_step(foreign, nullptr, 1, 0) != BLOCKFFN_BAD_ARGUMENT);
   }
@@ -77,6 +89,7 @@ class StepCheck {
     step.tokens = tokens;
     step.parents = parents;
     step.length = length;
+    step.num_exact = num_exact_;
     step.hidden = hidden.data();
     step.logits = logits_.data();
     step.num_union = num_union.data();
@@ -93,6 +106,32 @@ class StepCheck {
     for (int64_t v = 0; v < model_.vocab_size; ++v)
       differing += !(fabsf(a[i * kPaddedVocab + v] - b[j * kPaddedVocab + v]) <= tolerance * largest);
     return differing;
+  }
+
+  // Of row `i` of a screened and of a whole step: the largest must be there, and what is there must be equal.
+  int compare_largest(const Floats& screened, const Floats& whole, int64_t i) const {
+    int64_t largest = 0;
+    int differing = 0;
+    for (int64_t v = 0; v < model_.vocab_size; ++v) {
+      if (whole[i * kPaddedVocab + v] > whole[i * kPaddedVocab + largest]) largest = v;
+      const float value = screened[i * kPaddedVocab + v];
+      differing += !(value == whole[i * kPaddedVocab + v] || value == -INFINITY);
+    }
+    return differing + (screened[i * kPaddedVocab + largest] != whole[i * kPaddedVocab + largest]);
+  }
+  const float* screen_errors(const Floats& head, const Floats& coarse) {
+    Floats errors(static_cast<size_t>(kPaddedVocab * 2));
+    for (int64_t v = 0; v < model_.vocab_size; ++v) {
+      double apart = 0, own = 0;
+      for (int64_t k = v * kHidden; k < (v + 1) * kHidden; ++k) {
+        apart += (head[k] - coarse[k]) * (head[k] - coarse[k]);
+        own += head[k] * head[k];
+      }
+      errors[v / 32 * 64 + v % 32] = static_cast<float>(1.00001 * sqrt(apart));
+      errors[v / 32 * 64 + 32 + v % 32] = static_cast<float>(1.00001 * sqrt(own));
+    }
+    floats_.push_back(errors);
+    return floats_.back().data();
   }
 
   blockffn_layer make_layer(bool is_latent, bool is_dense) {
@@ -146,9 +185,16 @@ class StepCheck {
     return {packed_.back().data(), outputs, inputs, format_, static_cast<int32_t>(group_)};
   }
 
+  blockffn_matrix matrix(int64_t outputs, int64_t inputs, Floats& weights, int format) {
+    const int64_t group = format < 2 ? 0 : 32;
+    packed_.push_back(pack(format, group, outputs, inputs, weights));
+    return {packed_.back().data(), outputs, inputs, format, static_cast<int32_t>(group)};
+  }
+
   static constexpr int64_t kPaddedVocab = 64;
   const int format_;
   const int64_t group_;
+  int64_t num_exact_ = 0;
   blockffn_model model_;
   std::vector<blockffn_layer> layers_;
   std::deque<Floats> floats_;  // a deque leaves what it holds where it is

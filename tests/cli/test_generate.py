@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from blockffn.cli import main
 from blockffn.data.tokenizer import train_tokenizer
+from blockffn.ops import native
 from tests.checkpoints import published
 from tests.models.conftest import tiny_model
 
@@ -59,6 +60,15 @@ def test_drafts_change_nothing_but_the_steps(blockffn, folder: Path, tmp_path: P
     speculation = json.loads(sample.read_text())["statistics"]["speculation"]
     offered = [str(count) for count in speculation["offered_by_depth"][:10]]
     assert re.search(r"^of +" + r" +".join(offered) + "$", notes, flags=re.MULTILINE)
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="the native kernels are not built")
+def test_a_screened_head_changes_no_text_and_says_what_it_read(blockffn, folder: Path) -> None:
+    _, plain, _ = blockffn("generate", str(folder), *PROMPT, "--top-k", "5", "--stats")
+    code, text, notes = blockffn("generate", str(folder), *PROMPT, "--top-k", "5", "--stats", "--screen-head", "int8")
+    assert code == 0
+    assert text == plain
+    assert re.search(r"head +\d+\.\d % read beside its screen", notes)
 
 
 @pytest.mark.parametrize("value", ["ngram", "model"])

@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from blockffn.inference.sampling import MOST_LIKELY, SamplingSettings, choose, draw, probabilities
+from blockffn.inference.sampling import MOST_LIKELY, SamplingSettings, choose, decisive_logits, draw, probabilities
 
 HISTORY = torch.tensor([3, 3, 8, 20])
 
@@ -97,3 +97,17 @@ def test_a_draw_has_the_given_shares_and_never_takes_what_has_none() -> None:
     expected = count * shares[shares > 0]
     chi_square = ((drawn[shares > 0] - expected).square() / expected).sum()
     assert chi_square < 13.8  # 2 degrees of freedom, one in a thousand
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"temperature": 0.0}, 1),
+        ({"temperature": 0.0, "top_k": 7}, 1),
+        ({"temperature": 0.8, "top_k": 7, "top_p": 0.9}, 7),
+        ({"temperature": 0.8, "top_p": 0.9}, None),
+        ({"temperature": 0.0, "repetition_penalty": 1.1}, None),
+    ],
+)
+def test_the_largest_logits_that_decide_are_counted(settings: dict[str, float], count: int | None) -> None:
+    assert decisive_logits(SamplingSettings(**settings)) == count  # type: ignore[arg-type]

@@ -63,6 +63,9 @@ def decode(
     rounds: Annotated[int, typer.Option(help="Every way takes every prompt so often.")] = 3,
     backend: Annotated[str, typer.Option(help="What runs the models: auto, or a name.")] = "auto",
     precision: Annotated[str, typer.Option(help="Of the weights: auto, or what the backend has.")] = "auto",
+    screen_head: Annotated[
+        str | None, typer.Option(metavar="[int8|int4]", help="Read the head in so many bits first.", show_default=False)
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write what was measured to this file.")] = None,
     plot_path: Annotated[Path | None, typer.Option("--plot", help="Draw it into this PNG or SVG.")] = None,
@@ -87,14 +90,14 @@ def decode(
     same = draft if draft in (None, "ngram", "auto") or str(draft).startswith("oracle:") else None
     settings = BenchSettings(
         draft=draft, dense_draft=dense_draft or (same if dense is not None else None), priced=not free_draft, tree=tree,
-        backend=backend, precision=precision, device=device, max_new_tokens=max_new_tokens,
+        backend=backend, precision=precision, screen_head=screen_head, device=device, max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens, rounds=rounds, peers=_words(peers),
     )  # fmt: skip
     console = Console(highlight=False) if sys.stdout.isatty() else wide_console(200)
     chosen = _prompts(prompts, text, _words(tasks), per_task, text_only)
     report = bench_decode(path, chosen, settings, dense=dense, say=lambda line: console.print(line, style="dim"))
     write_json(json_path, report.to_dict())
-    for table in (_rates(report), _steps(report)):
+    for table in (_rates(report), *_kinds(report), _steps(report)):
         console.print(table)
     if any(model["simulated_acceptance"] for model in report.about["models"].values()):
         console.print(
@@ -135,6 +138,24 @@ def _rates(report: BenchReport) -> Table:
     spans = ("" if r.ratio is None else f"{r.lowest_ratio:.2f}…{r.highest_ratio:.2f}" for r in overall)
     table.add_row("of the rounds", *spans)
     return table
+
+
+def _kinds(report: BenchReport) -> list[Table]:
+    """What steps are like by kind of prompt: tokens that they give, and experts that they read."""
+    tables = []
+    drafted = [r for r in report.results if (r.overall.acceptance_length or 1) > 1]
+    if drafted:
+        tables.append(_ways_table("tokens a step", drafted))
+        for rates in zip(*(r.rates for r in drafted)):
+            tables[-1].add_row(rates[0].task.replace("_", " "), *(f"{rate.acceptance_length:.2f}" for rate in rates))
+    sparse = [r for r in report.results if r.overall.union_experts is not None]
+    if sparse:
+        tables.append(_ways_table("% of the experts that a step reads", sparse))
+        num_experts = report.about["models"]["sparse"]["num_experts"]
+        for rates in zip(*(r.rates for r in sparse)):
+            shares = (f"{100 * rate.union_experts / num_experts:.1f}" for rate in rates)
+            tables[-1].add_row(rates[0].task.replace("_", " "), *shares)
+    return tables
 
 
 def _steps(report: BenchReport) -> Table:

@@ -72,6 +72,14 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     backend: Annotated[str, typer.Option(help="What runs the model; auto: the fastest that can.")] = "auto",
     precision: Annotated[str, typer.Option(help="Of the backend's weights; auto: the model's own.")] = "auto",
+    screen_head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[int8|int4]",
+            help="Greedily or with --top-k: read the head in so many bits first, and exactly only where it may matter.",
+            show_default=False,
+        ),
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Say what the request took and used.")] = False,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write text, tokens and active experts to this file.")
@@ -104,7 +112,7 @@ def generate(
         source = "n-grams of the text" if draft == "ngram" else str(draft)
         alone = f"; {path} has no folder draft" if speculative == "auto" and draft == "ngram" else ""
         errors.print(f"drafts by {source}{alone}", style="dim", soft_wrap=True)
-    target = make_target(model, backend=backend, precision=precision)
+    target = make_target(model, backend=backend, precision=precision, screen_head=screen_head)
     engine = Engine(model, tokenizer, target=target, draft=draft, tree=tree if tree == "auto" else int(tree))
     stream = engine.stream(
         text,
@@ -156,6 +164,9 @@ def _lines(statistics: GenerationStatistics) -> list[str]:
         lines.append(f"weights   {s.weight_bytes_per_token / 1e6:.2f} MB read per token")
     if s.tls is not None and s.union_share is not None:
         lines.append(f"sparsity  {s.tls:.1f} % (TLS); a step reads {s.union_share:.1f} % of the experts")
+    if s.head_share is not None:
+        whole = f"; all of it in {s.whole_heads} of {s.steps} steps" if s.whole_heads else ""
+        lines.append(f"head      {100 * s.head_share:.1f} % read beside its screen{whole}")
     return lines if s.speculation is None else lines + _acceptance(s.speculation)
 
 

@@ -14,8 +14,9 @@ PRECISIONS = ("auto", "bf16", "int8", "int4", "f32")
 
 
 def make_target(
-    model: BlockFFNForCausalLM, *, backend: str = "auto", precision: str = "auto", capacity: int | None = None
-) -> Target:
+    model: BlockFFNForCausalLM, *, backend: str = "auto", precision: str = "auto", capacity: int | None = None,
+    screen_head: str | None = None,
+) -> Target:  # fmt: skip
     """A target that runs `model`.
 
     Args:
@@ -26,9 +27,12 @@ def make_target(
         precision: of the packed weights, the head's included (int8 for `int4`); `auto`: as the model stores them. Other
             values need the native backend. Weights that are stored packed keep their format.
         capacity: tokens that the cache holds; default: the model's context.
+        screen_head: int8 or int4: greedy decoding and sampling from the `top_k` read the native backend's head in this
+            format first, and of the stored one only what may matter; tokens are the same. `None`: the whole head.
 
     Raises:
-        ValueError: an unknown backend or precision, one that cannot run this model, or a capacity beyond its context.
+        ValueError: an unknown backend or precision, one that cannot run this model, a capacity beyond its context, or a
+            head that cannot be screened so.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
@@ -38,7 +42,13 @@ def make_target(
     if backend == "native" and not_native is not None:
         raise ValueError(f"backend 'native' cannot run this model: {not_native}; use backend='model'")
     if backend in ("auto", "native") and not_native is None:
-        return NativeTarget(model, capacity=capacity, format=None if precision == "auto" else precision)
+        format = None if precision == "auto" else precision
+        return NativeTarget(model, capacity=capacity, format=format, screen_head=screen_head)
+    if screen_head is not None:
+        raise ValueError(
+            f"only the native backend screens its head (screen_head={screen_head!r})"
+            + ("" if not_native is None else f"; it cannot run this model: {not_native}")
+        )
     if precision != "auto":
         because = "" if not_native is None else f" (native cannot run this model: {not_native})"
         raise ValueError(

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockffn.inference.sampling import SamplingSettings, choose
+from blockffn.inference.sampling import SamplingSettings, choose, decisive_logits
 from blockffn.inference.statistics import GenerationStatistics, Recorder
-from blockffn.inference.target import Step, Target, check_request, prefill
+from blockffn.inference.target import Step, Target, ask_best, check_request, prefill
 
 OnToken = Callable[[int], bool | None]
 
@@ -127,7 +127,7 @@ def decode(
         on_logits: called with the logits `[V]` that the next token is chosen by.
     """
     settings, recorder = request.settings, request.recorder
-    step = begin(target, request)
+    step = begin(target, request, all_logits=on_logits is not None)
     generator = torch.Generator(step.logits.device).manual_seed(settings.seed)
     while True:
         if on_logits is not None:
@@ -145,9 +145,14 @@ def decode(
         recorder.add(step)
 
 
-def begin(target: Target, request: Request) -> Step:
-    """Run the prompt on an empty cache. Raises `ValueError` if the logits are not numbers."""
+def begin(target: Target, request: Request, *, all_logits: bool = False) -> Step:
+    """Run the prompt on an empty cache. Raises `ValueError` if the logits are not numbers.
+
+    Args:
+        all_logits: of later steps every logit is wanted, not only those that decide.
+    """
     target.reset()
+    ask_best(target, None if all_logits else decisive_logits(request.settings))
     with request.recorder.time("prefill"):
         step = prefill(target, torch.tensor(request.prompt_ids))
         check_finite(step)

@@ -108,13 +108,14 @@ class Engine:
         capacity: int | None = None,
         backend: str = "auto",
         precision: str = "auto",
+        screen_head: str | None = None,
         draft: str | Path = "none",
         tree: str | int = "auto",
     ) -> Engine:
         """The engine of a run's folder or of a model's; on a GPU if there is one and `device` does not say otherwise.
 
         Args:
-            backend, precision: see `backends.make_target`.
+            backend, precision, screen_head: see `backends.make_target`.
             draft: `none`, `ngram`, a folder, or `auto`: the folder `draft` of the model's, else n-grams. tree: draft
                 tokens per step, or `auto`. See `drafts.make_speculation`.
 
@@ -123,7 +124,7 @@ class Engine:
         """
         device = choose_device(device)
         model = load(path, device=device, dtype=dtype)
-        target = make_target(model, backend=backend, precision=precision, capacity=capacity)
+        target = make_target(model, backend=backend, precision=precision, capacity=capacity, screen_head=screen_head)
         tokenizer = load_tokenizer(model_folder(Path(path)))
         chosen = None if draft == "none" else resolve_draft(Path(path), draft) if isinstance(draft, str) else draft
         return cls(model, tokenizer, target=target, draft=chosen, tree=tree)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from blockffn.configuration import BlockFFNConfig
+from blockffn.inference.head_screen import HeadScreen
 from blockffn.inference.native_weights import CACHE_DTYPES, NativeWeights, rotary_table
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.models.moe import BlockFFN
@@ -64,14 +65,16 @@ class NativeModel(NativeWeights):
     Args:
         format, head_format, group_size: see `NativeWeights`.
         cache_dtype: float32 or bfloat16.
+        screen_head: format of a coarse copy of the head, see `HeadScreen`; `None`: none.
 
     Attributes:
         description: what the C functions take.
         layers_with_experts: their numbers.
-        head: the packed head.
+        head: the packed head. screen: its coarse copy, or `None`.
 
     Raises:
-        ValueError: the model is not supported (`why_not_native`), or a weight cannot be quantised.
+        ValueError: the model is not supported (`why_not_native`), a weight cannot be quantised, or the head cannot be
+            screened in this format.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class NativeModel(NativeWeights):
         head_format: str | None = None,
         group_size: int = DEFAULT_GROUP_SIZE,
         cache_dtype: torch.dtype,
+        screen_head: str | None = None,
     ) -> None:
         reason = why_not_native(model)
         if reason is not None:
@@ -95,6 +99,9 @@ class NativeModel(NativeWeights):
         with torch.no_grad():
             self._layers = (native.Layer * len(self._modules))(*(self.layer(layer) for layer in self._modules))
             self.head = self.pack([model.lm_head], self.head_format)
+            self.screen = (
+                None if screen_head is None else HeadScreen.of(self.head, screen_head, group_size=self.group_size)
+            )
             self.description = self._description(model, capacity, cache_dtype)
         self.refresh_thresholds()
         self.add_cache(self.description)
@@ -109,7 +116,7 @@ class NativeModel(NativeWeights):
         config, decoder = model.config, model.model
         is_latent = config.attention_type == "mla"
         embedding, is_plain = self.embedding(model)
-        return native.Model(
+        description = native.Model(
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
@@ -137,3 +144,10 @@ class NativeModel(NativeWeights):
             head=self.matrix(self.head),
             layers=self._layers,
         )
+        if self.screen is not None:
+            # Beside the head it is no weight of the model's, so it does not count among these.
+            layout, data = self.screen.matrix.layout, self.address(self.screen.matrix.data)
+            format = FORMATS[layout.format]
+            description.screen = native.Matrix(data, layout.outputs, layout.inputs, format, layout.group_size)
+            description.screen_errors = self.address(self.screen.errors)
+        return description

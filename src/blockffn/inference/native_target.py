@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from blockffn.inference.head_screen import Screening
 from blockffn.inference.model_target import Pending, check_parents, check_room, checked_capacity
 from blockffn.inference.native_model import NativeModel
 from blockffn.inference.target import Step
@@ -22,6 +23,8 @@ class NativeTarget:
         capacity: tokens that the cache holds; default: the model's context.
         format, head_format, group_size: of the packed weights, see `NativeModel`.
         cache_dtype: float32 or bfloat16; default: float32 where the weights are, else bfloat16.
+        screen_head: format (int8 or int4) in which the head is read first, where a few logits are asked for
+            (`ask_best`); `None`: it is always read whole.
 
     Attributes:
         bits_per_weight: that the weights which steps read take in memory, on average.
@@ -29,7 +32,7 @@ class NativeTarget:
         seconds: by part of `blockffn.ops.native.PARTS`; `between` is norms, routing, and waiting for other threads.
 
     Raises:
-        ValueError: a model that is not supported, or a capacity beyond its context.
+        ValueError: a model that is not supported, a capacity beyond its context, or a head that cannot be screened so.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class NativeTarget:
         head_format: str | None = None,
         group_size: int = DEFAULT_GROUP_SIZE,
         cache_dtype: torch.dtype | None = None,
+        screen_head: str | None = None,
     ) -> None:
         dtype = model.model.norm.weight.dtype
         if cache_dtype is None:
@@ -49,8 +53,12 @@ class NativeTarget:
         self._capacity = checked_capacity(model, capacity)
         self.weights = NativeModel(
             model, capacity=self._capacity, format=format, head_format=head_format, group_size=group_size,
-            cache_dtype=cache_dtype,
+            cache_dtype=cache_dtype, screen_head=screen_head,
         )  # fmt: skip
+        self._screening = None
+        if self.weights.screen is not None:
+            sizes = self.weights.screen.matrix.data.nbytes, self.weights.head.data.nbytes
+            self._screening = Screening(sizes[0] / sizes[1])
         self.vocab_size = model.config.vocab_size
         self.bits_per_weight = self.weights.bits_per_weight
         self.times = False
@@ -77,7 +85,14 @@ class NativeTarget:
     def reset(self) -> None:
         """Forget all tokens. Thresholds that were changed in the model hold from here on."""
         self._length, self._pending = 0, None
+        self.ask_best(None)
         self.weights.refresh_thresholds()
+
+    def ask_best(self, count: int | None) -> None:
+        """Until the next reset, steps need so many of the largest logits, `None`: all. With a screened head others may
+        be -inf; those that equal the least of the asked are there."""
+        if self._screening is not None:
+            self._screening.ask(count)
 
     def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
         """As the protocol says.
@@ -90,7 +105,11 @@ class NativeTarget:
         check_parents(tokens, parents)
         if parents is not None and len(tokens) > native.MAX_STEP:
             raise ValueError(f"a tree has at most {native.MAX_STEP} tokens here, got {len(tokens)}; draft fewer")
-        step = self._run(tokens, parents, num_logits=len(tokens))
+        screening = self._screening
+        num_exact = 0 if screening is None else min(screening.num_exact(), self.vocab_size)
+        step = self._run(tokens, parents, num_logits=len(tokens), num_exact=num_exact)
+        if num_exact and screening is not None and step.head_share is not None:
+            screening.observe(step.head_share)
         self._pending = Pending(len(tokens), parents)
         return step
 
@@ -119,14 +138,15 @@ class NativeTarget:
         self._length += len(kept)
         self._pending = None
 
-    def _run(self, tokens: Tensor, parents: Tensor | None, *, num_logits: int) -> Step:
+    def _run(self, tokens: Tensor, parents: Tensor | None, *, num_logits: int, num_exact: int = 0) -> Step:
         """Run tokens after the committed ones, in pieces; the last `num_logits` of them get logits."""
         count, layers = len(tokens), self._model.num_layers
         tokens = tokens.to(torch.int64).contiguous()
         parents = None if parents is None else parents.to(torch.int64).contiguous()
         hidden = torch.empty(count, self._hidden_size)
         logits = torch.empty(num_logits, self._padded_vocab)
-        pieces = []
+        pieces, shares = [], []
+        strips = torch.zeros(1, dtype=torch.int64)
         for begin in range(0, count, native.MAX_STEP):
             size = min(native.MAX_STEP, count - begin)
             first_logit = max(begin - (count - num_logits), 0)
@@ -143,6 +163,8 @@ class NativeTarget:
                 num_logits=min(size, max(begin + size - (count - num_logits), 0)),
                 hidden=hidden.data_ptr() + 4 * begin * self._hidden_size,
                 logits=logits.data_ptr() + 4 * first_logit * self._padded_vocab,
+                num_exact=num_exact,
+                num_strips=strips.data_ptr(),
                 num_union=union.data_ptr(),
                 num_active=active.data_ptr(),
                 is_active=None if marks is None else marks.data_ptr(),
@@ -154,7 +176,9 @@ class NativeTarget:
                     f"tokens must lie between 0 and {self.vocab_size - 1}, got {tokens.min()} … {tokens.max()}"
                 )
             pieces.append((union, active, marks))
-        return Step(logits[:, : self.vocab_size], hidden.to(self._dtype), *self._counts(pieces))
+            shares.append(int(strips) * 32 / self._padded_vocab)
+        head_share = None if self._screening is None else sum(shares) / len(shares)
+        return Step(logits[:, : self.vocab_size], hidden.to(self._dtype), *self._counts(pieces), head_share)
 
     def _counts(self, pieces: list[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Tensor | None, Tensor | None]:
         """`union` and `active` of a `Step`."""

@@ -46,6 +46,13 @@ class SamplingSettings:
             raise ValueError(f"repetition_penalty must be finite and positive, got {self.repetition_penalty}")
 
 
+def decisive_logits(settings: SamplingSettings) -> int | None:
+    """How many of the largest logits, with those that equal the least of them, decide the next token; `None`: all."""
+    if settings.repetition_penalty != 1:
+        return None
+    return 1 if settings.temperature == 0 else settings.top_k or None
+
+
 def probabilities(logits: Tensor, history: Tensor | None, settings: SamplingSettings) -> Tensor:
     """The distribution `[..., V]` in float32 from which the next token is drawn.
 

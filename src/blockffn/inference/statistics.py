@@ -35,7 +35,9 @@ class GenerationStatistics:
         tls: token-level sparsity of these tokens in percent. With the two below known where the model is.
         union_share: `union_experts` in percent of the experts.
         weight_bytes_per_token: bytes of weights that the steps read, for each new token that came of them; without a
-            draft's own.
+            draft's own, and as if the head were read whole.
+        head_share: share of the head that a step read as it is stored, mean over the steps; `None` where it is not
+            screened. whole_heads: steps that read all of it.
     """
 
     prompt_tokens: int
@@ -52,6 +54,8 @@ class GenerationStatistics:
     tls: float | None = None
     union_share: float | None = None
     weight_bytes_per_token: float | None = None
+    head_share: float | None = None
+    whole_heads: int = 0
 
     @property
     def seconds(self) -> float:
@@ -106,6 +110,7 @@ class Recorder:
     speculation: SpeculationStatistics | None = None
     _active: list[Tensor] = field(default_factory=list)
     _union: list[Tensor] = field(default_factory=list)
+    _head_shares: list[float] = field(default_factory=list)
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
@@ -123,8 +128,11 @@ class Recorder:
         if step.active is not None and step.union is not None:
             self._active.append(step.active)
             self._union.append(step.union)
+        if step.head_share is not None:
+            self._head_shares.append(step.head_share)
 
     def statistics(self, *, prompt_tokens: int, new_tokens: int) -> GenerationStatistics:
+        shares = self._head_shares
         return GenerationStatistics(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
@@ -134,6 +142,8 @@ class Recorder:
             **{f"{part}_seconds": self.seconds[part] for part in PARTS},
             active_experts=float(torch.cat(self._active, dim=1).double().mean()) if self._active else None,
             union_experts=float(torch.stack(self._union).double().mean()) if self._union else None,
+            head_share=sum(shares) / len(shares) if shares else None,
+            whole_heads=sum(share >= 1 for share in shares),
         )
 
 

@@ -64,12 +64,14 @@ class Step:
         hidden: `[T, D]`, final hidden states after the last norm: what the head's input is made of.
         union: `[L]` int64, experts that the tokens activate together, per layer with experts; `None` for dense models.
         active: `[L, T]` int64, experts active per token; `None` for dense models.
+        head_share: share of the head that was read as it is stored; `None`: the target always reads it whole.
     """
 
     logits: Tensor
     hidden: Tensor
     union: Tensor | None = None
     active: Tensor | None = None
+    head_share: float | None = None
 
 
 def prefill(target: Target, tokens: Tensor) -> Step:
@@ -84,6 +86,16 @@ def prefill(target: Target, tokens: Tensor) -> Step:
     step = target.extend(tokens)
     target.commit(torch.arange(len(tokens)))
     return Step(step.logits[-1:], step.hidden, step.union, step.active)
+
+
+def ask_best(target: Target, count: int | None) -> None:
+    """Say that until the next reset only so many of the largest logits matter, and those that equal the least of them.
+
+    A target that gains by this has a method `ask_best` of its own. It may then give others as -inf.
+    """
+    own = getattr(target, "ask_best", None)
+    if own is not None:
+        own(count)
 
 
 def check_request(target: Target, prompt_ids: Sequence[int], max_new_tokens: int) -> None:

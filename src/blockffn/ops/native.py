@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-API_VERSION = 3
+API_VERSION = 4
 LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 FORMATS = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3}
@@ -106,6 +106,8 @@ class Model(Structure):
         ("fusion", Matrix),
         ("final_norm", c_void_p),
         ("head", Matrix),
+        ("screen", Matrix),
+        ("screen_errors", c_void_p),
         ("layers", POINTER(Layer)),
         ("cache", c_void_p),
     )
@@ -129,6 +131,8 @@ class Step(Structure):
         ("num_logits", c_int64),
         ("hidden", c_void_p),
         ("logits", c_void_p),
+        ("num_exact", c_int64),
+        ("num_strips", c_void_p),
         ("num_best", c_int64),
         ("best", c_void_p),
         ("best_log_probs", c_void_p),

@@ -62,6 +62,10 @@ def test_bench_decode_times_every_mode_and_writes_it(models: Path, tmp_path: Pat
         assert all(rate["tokens_per_second"] > 0 for rate in result["rates"])
     assert report["results"][0]["rates"][-1]["ratio"] == 1
     assert report["results"][1]["rates"][-1]["acceptance_length"] > 1.3
+    unions = [[rate["union_experts"] for rate in result["rates"]] for result in report["results"]]
+    assert [set(of_way) == {None} for of_way in unions] == [True] * 3 + [False] * 3 + [True]
+    assert all(plain < tree for plain, tree in zip(unions[3], unions[4]))
+    assert "% of the experts that a step reads" in printed
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

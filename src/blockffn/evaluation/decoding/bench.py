@@ -39,6 +39,7 @@ class BenchSettings:
         priced: a simulated draft takes the time of a real head of random weights.
         tree: draft tokens of the fixed tree.
         backend, precision: see `backends.make_target`.
+        screen_head: see `backends.make_target`.
         max_prompt_tokens: a longer prompt loses its beginning.
         rounds: every way takes every prompt so often.
         peers: names out of `peers.PEERS`.
@@ -50,6 +51,7 @@ class BenchSettings:
     tree: int = 7
     backend: str = "auto"
     precision: str = "auto"
+    screen_head: str | None = None
     device: str | None = None
     max_new_tokens: int = 128
     max_prompt_tokens: int = 512
@@ -164,7 +166,10 @@ def _subject(label: str, path: Path, settings: BenchSettings, draft: str | None)
     device = choose_device(settings.device)
     model = load(path, device=device)
     capacity = min(settings.max_prompt_tokens + settings.max_new_tokens + MARGIN, model.config.max_position_embeddings)
-    target = make_target(model, backend=settings.backend, precision=settings.precision, capacity=capacity)
+    target = make_target(
+        model, backend=settings.backend, precision=settings.precision, capacity=capacity,
+        screen_head=settings.screen_head,
+    )  # fmt: skip
     chosen = str(resolve_draft(path, draft)) if draft is not None else None
     return Subject(label, model, target, chosen, settings.priced)
 

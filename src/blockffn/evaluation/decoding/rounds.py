@@ -44,6 +44,7 @@ class Rate:
         ratio: of these to the baseline's of the same round, median; `None` without a baseline.
         lowest_ratio, highest_ratio: of the rounds.
         acceptance_length: tokens per step; 1 without drafts, `None` where it is not known.
+        union_experts: per layer, that the tokens of a step activate together; `None` for dense models and peers.
     """
 
     task: str
@@ -53,6 +54,7 @@ class Rate:
     highest_ratio: float | None
     acceptance_length: float | None
     prefill_tokens_per_second: float
+    union_experts: float | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def summarise(
                 None if ratios is None else max(ratios),
                 _acceptance_length(flat),
                 prefill,
+                _mean_of_steps(flat, "union_experts"),
             )
         )
     return WayResult(name, tuple(rates), **_steps([run for round_ in runs for run in round_]))
@@ -189,16 +192,20 @@ def _steps(runs: Sequence[Run]) -> dict[str, Any]:
         part: sum(getattr(s, f"{part}_seconds") for s in known) / total for part in ("draft", "decode", "sampling")
     }
     values: dict[str, Any] = {"shares": parts}
-    steps = sum(s.steps for s in known)
     for name in ("active_experts", "union_experts"):
-        weighted = [getattr(s, name) * s.steps for s in known if getattr(s, name) is not None]
-        if weighted:
-            values[name] = sum(weighted) / steps
+        values[name] = _mean_of_steps(runs, name)
     found = _speculations(runs)
     if found:
         values["tree_size"] = sum(s.nodes for s in found) / max(sum(s.verifications for s in found), 1)
         values["acceptance_by_depth"] = acceptance_by_depth(found)
     return values
+
+
+def _mean_of_steps(runs: Sequence[Run], name: str) -> float | None:
+    """A statistic of each run, weighted with its steps; `None` where there is none."""
+    known = [run.statistics for run in runs if run.statistics is not None and run.statistics.steps]
+    weighted = [getattr(s, name) * s.steps for s in known if getattr(s, name) is not None]
+    return sum(weighted) / sum(s.steps for s in known) if weighted else None
 
 
 def acceptance_by_depth(statistics: Sequence[SpeculationStatistics]) -> tuple[float, ...]:
