@@ -2,8 +2,8 @@
 
     python experiments/ablation.py --data DATA --gpus 2 --per-gpu 2
 
-Runs take half of the quality suite's steps, the standard among them. All have the preset's router, and its lift for dead
-experts unless the label says otherwise. The coefficient of activation locality is a constant, as in the paper: the
+Runs take half of the quality suite's steps, the standard among them. All have the preset's router, and its lift for
+dead experts unless the label says otherwise. The coefficient of activation locality is a constant, as in the paper: the
 preset's controller would make up for what a row leaves out.
 """
 

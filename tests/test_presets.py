@@ -24,9 +24,9 @@ def test_every_size_and_method_has_settings_with_the_method_s_terms(size: str, m
 
 
 @pytest.mark.parametrize(("method", "names"), [
-    ("blockffn", {"activation_locality", "chunk_sparsification", "dead_experts"}), ("dense", set()), ("topk", {"load_balancing"}),
-    ("deepseek", {"load_balancing"}), ("grin", {"load_balancing"}), ("remoe", {"balanced_l1"}),
-    ("deco", {"router_entropy"}),
+    ("blockffn", {"activation_locality", "chunk_sparsification", "dead_experts"}), ("dense", set()),
+    ("topk", {"load_balancing"}), ("deepseek", {"load_balancing"}), ("grin", {"load_balancing"}),
+    ("remoe", {"balanced_l1"}), ("deco", {"router_entropy"}),
 ])  # fmt: skip
 def test_a_method_penalises_what_its_paper_does(method: str, names: set[str]) -> None:
     assert set(train_settings("mini", method).objectives.terms) == names

@@ -30,9 +30,9 @@ LEGEND = (
 GROUPS = {
     "objectives": (
         "Objectives",
-        "AL: activation locality, at a constant 1e-3 in all rows that have it; CS: chunk sparsification, steered to the "
-        "preset's TLS; L1 and entropy: steered to a TLS of 80 %. A controller can only add: the router alone is there "
-        "already, and what a coefficient's start removes does not come back.",
+        "AL: activation locality, at a constant 1e-3; CS: chunk sparsification, steered to the preset's TLS; L1 and "
+        "entropy: steered to a TLS of 80 %. Steering can only add sparsity: the router alone is there already, and "
+        "what a coefficient's start removes does not come back.",
     ),
     "architecture": ("Router norm and gated experts", "Equal parameters, the standard's objectives."),
     "granularity": ("Granularity", "More and narrower experts, at the same total width."),
