@@ -2,9 +2,9 @@
 
     python benchmarks/load.py --size 3b --json benchmarks/results/load.json
 
-The folder holds arbitrary bf16 values in the shapes of a preset, in our layout and as published, and is deleted at the
-end. Each way of loading runs in its own process, once with the files dropped from the page cache (cold) and once with
-them in it (warm); imports are not timed. Columns:
+The folder holds arbitrary bf16 values in the shapes of a preset, in our layout, as published, and as published in .bin
+files (shards as `torch.save` writes them), and is deleted at the end. Each way of loading runs in its own process, once
+with the files dropped from the page cache (cold) and once with them in it (warm); imports are not timed. Columns:
 
     s           seconds until the model is returned
     GB/s        bytes of weights over that time; `read` is a plain read of the files into one buffer of 16 MiB
@@ -24,10 +24,15 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import torch
 
 SHARD_BYTES = 2 << 30
-WAYS = ("read", "from_pretrained", "load", "load mmap", "load published")
+WAYS = {"read": "ours", "from_pretrained": "ours", "load": "ours", "load mmap": "ours", "load published": "published",
+        "load .bin": ".bin"}  # fmt: skip
+"""What is measured, and the layout that it reads; ways of one layout stand together, which is written once."""
 
 
 def write_folder(folder: Path, size: str, layout: str) -> int:
@@ -45,7 +50,7 @@ def write_folder(folder: Path, size: str, layout: str) -> int:
     model.tie_weights()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     folder.mkdir(parents=True)
-    if layout == "published":
+    if layout in ("published", ".bin"):
         two = {name: _published_shape(name, shape) for name, shape in shapes.items()}
         shapes = {published_name(name): shape for name, shape in two.items()}
         (folder / "config.json").write_text(json.dumps(published_config(config, dtype="bfloat16")))
@@ -53,32 +58,50 @@ def write_folder(folder: Path, size: str, layout: str) -> int:
         config.dtype = torch.bfloat16
         config.save_pretrained(folder)
     noise = (torch.randn(16 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    noise_bytes = noise.view(torch.uint8).numpy()
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in shapes.items():
         if sum(_bytes(s) for s in shards[-1].values()) > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = shape
+    stem, suffix = ("pytorch_model", ".bin") if layout == ".bin" else ("model", ".safetensors")
     weight_map = {}
     for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(shard, file)
-        header, offset = {}, 0
-        for name, shape in shard.items():
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + _bytes(shape)]}
-            offset += _bytes(shape)
-        text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / file).open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            for shape in shard.values():
-                left = _bytes(shape)
-                while left:
-                    left -= stream.write(noise_bytes[: min(left, noise_bytes.nbytes)].data)
+        file = folder / f"{stem}-{i + 1:05d}-of-{len(shards):05d}{suffix}"
+        weight_map |= dict.fromkeys(shard, file.name)
+        with file.open("wb") as stream:
+            if layout == ".bin":
+                torch.save({name: _repeated(noise, shape) for name, shape in shard.items()}, stream)
+            else:
+                _write_safetensors(stream, shard, noise.view(torch.uint8).numpy())
             stream.flush()
             os.fsync(stream.fileno())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
     return sum(_bytes(shape) for shape in shapes.values())
+
+
+def _write_safetensors(stream: BinaryIO, shapes: dict[str, tuple[int, ...]], noise: Any) -> None:
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + _bytes(shape)]}
+        offset += _bytes(shape)
+    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for shape in shapes.values():
+        left = _bytes(shape)
+        while left:
+            left -= stream.write(noise[: min(left, noise.nbytes)].data)
+
+
+def _repeated(noise: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of its own memory, filled with `noise` as often as it fits."""
+    import torch
+
+    filled = torch.empty(shape, dtype=noise.dtype)
+    for piece in filled.view(-1).split(noise.numel()):
+        piece.copy_(noise[: piece.numel()])
+    return filled
 
 
 def _published_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -96,8 +119,12 @@ def _bytes(shape: tuple[int, ...]) -> int:
     return count
 
 
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+
+
 def drop_from_cache(folder: Path) -> None:
-    for file in folder.glob("*.safetensors"):
+    for file in weight_files(folder):
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
@@ -108,7 +135,7 @@ def measure(way: str, folder: Path) -> dict[str, float]:
     if way == "read":
         buffer = bytearray(16 << 20)
         begin = time.perf_counter()
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in weight_files(folder):
             with file.open("rb", buffering=0) as stream:
                 while stream.readinto(buffer):
                     pass
@@ -154,11 +181,11 @@ def main() -> None:
         weights = write_folder(arguments.folder / "ours", arguments.size, "ours")
         print(f"{arguments.size}: {weights / 1e9:.2f} GB of weights")
         print(f"{'':>16}  cache       s   GB/s  peak GB  / weights")
-        for way in WAYS:
-            layout = "published" if way == "load published" else "ours"
+        for way, layout in WAYS.items():
             folder = arguments.folder / layout
             if not folder.exists():
-                shutil.rmtree(arguments.folder / "ours")
+                for earlier in arguments.folder.iterdir():
+                    shutil.rmtree(earlier)
                 write_folder(folder, arguments.size, layout)
             for cache in ("cold", "warm"):
                 if cache == "cold":

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import blockffn
+from blockffn.checkpoints import files
 from blockffn.checkpoints.files import open_tensors
 from blockffn.checkpoints.inspect import inspect
 from blockffn.checkpoints.quantization_config import BlockFFNQuantizationConfig
@@ -30,6 +31,30 @@ def test_every_method_is_loaded_as_hugging_face_loads_it(tmp_path: Path, method:
     assert found.state_dict().keys() == expected.state_dict().keys()
     assert torch.equal(found(IDS).logits, expected(IDS).logits)
     assert not found.training
+
+
+@pytest.mark.parametrize("safetensors", [False, True])
+def test_tensors_that_are_read_in_pieces_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safetensors: bool
+) -> None:
+    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
+    weights = published.weights("xlarge")
+    write = published.write_safetensors if safetensors else published.write_bin
+    stored = open_tensors(write(tmp_path / "theirs", weights, published.config("xlarge")))
+    assert any(tensor.num_bytes > 2000 and tensor.num_bytes % 1000 for tensor in stored.values())
+    assert all(torch.equal(tensor.read(), weights[name]) for name, tensor in stored.items())
+
+
+def test_a_file_that_became_shorter_is_named_whichever_piece_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PIECE_BYTES", 1000)
+    folder = published.write_safetensors(tmp_path / "theirs", published.weights("xlarge"), published.config("xlarge"))
+    stored = max(open_tensors(folder).values(), key=lambda tensor: (tensor.offset or 0) + tensor.num_bytes)
+    content = stored.file.read_bytes()
+    stored.file.write_bytes(content[:-1])
+    with pytest.raises(files.CheckpointError, match="ended within tensor"):
+        stored.read()
 
 
 def test_scaled_rotary_frequencies_and_generation_defaults_come_along(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from blockffn.ops.native import empty_huge
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")  # in the order of preference
 MAX_HEADER_BYTES = 16 << 20  # of safetensors, pickles and JSON: 100,000 tensors
+# Memory that is touched for the first time costs as much as reading: several readers do both at once.
+PIECE_BYTES = 16 << 20
+READERS = 4
 _COPY_AGAIN = "download or copy the file again"
 
 DTYPES = {
@@ -74,11 +78,17 @@ class StoredTensor:
         if self.offset is None:
             out.copy_(self.map().view(out.shape))
             return
-        if not self.num_bytes:
-            return
         buffer = memoryview(out.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        pieces = [(start, buffer[start : start + PIECE_BYTES]) for start in range(0, self.num_bytes, PIECE_BYTES)]
+        if len(pieces) == 1:
+            self._read_piece(*pieces[0])
+        elif pieces:
+            with ThreadPoolExecutor(READERS) as readers:
+                list(readers.map(self._read_piece, *zip(*pieces)))
+
+    def _read_piece(self, start: int, buffer: memoryview) -> None:
         with self.file.open("rb", buffering=0) as file:
-            file.seek(self.offset)
+            file.seek((self.offset or 0) + start)
             while buffer:
                 count = file.readinto(buffer)
                 if not count:
