@@ -316,12 +316,17 @@ float exponentials(float* values, int64_t count) {
   for (; i < count; ++i) largest = values[i] > largest ? values[i] : largest;
   for (float value : maxima) largest = value > largest ? value : largest;
   for (i = 0; i < count; ++i) values[i] = exp_nonpositive(values[i] - largest);
+  // A value's register and lane depend on its index alone, so zeros behind the last change no bit of the total.
+  constexpr int kAtOnce = 4 * Vec::kLanes;
   F sums[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
-  for (i = 0; i + 4 * Vec::kLanes <= count; i += 4 * Vec::kLanes)
-    for (int part = 0; part < 4; ++part) sums[part] = Vec::add(sums[part], Vec::load(values + i + part * Vec::kLanes));
-  float total = sum_of_lanes(sums);
-  for (; i < count; ++i) total += values[i];
-  return total;
+  const auto add = [&](const float* from) {
+    for (int part = 0; part < 4; ++part) sums[part] = Vec::add(sums[part], Vec::load(from + part * Vec::kLanes));
+  };
+  for (i = 0; i + kAtOnce <= count; i += kAtOnce) add(values + i);
+  float rest[kAtOnce] = {};
+  for (int lane = 0; i + lane < count; ++lane) rest[lane] = values[i + lane];
+  if (i < count) add(rest);
+  return sum_of_lanes(sums);
 }
 
 template <bool kIsBf16>

@@ -99,6 +99,23 @@ def test_chains_longer_than_a_step_and_trees_of_64_equal_the_model(attention: st
     assert_same(*(target.extend(tree, parents) for target in targets))
 
 
+@pytest.mark.parametrize("size", [3, 8])
+@pytest.mark.parametrize("attention", sorted(ATTENTION))
+def test_a_chain_gives_the_bits_of_its_tokens_one_by_one(attention: str, size: int) -> None:
+    target = NativeTarget(tiny_model(attention, max_position_embeddings=256))
+    tokens = ids(140)
+    steps = []
+    for count in (1, size):
+        target.reset()
+        prefill(target, tokens[:4])
+        logits = []
+        for chain in tokens[4:].split(count):
+            logits.append(target.extend(chain).logits)
+            target.commit(torch.arange(len(chain)))
+        steps.append(torch.cat(logits))
+    assert torch.equal(steps[0], steps[1])
+
+
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("method", ["blockffn", "dense"])
 @pytest.mark.parametrize("attention", sorted(ATTENTION))
