@@ -104,6 +104,8 @@ def generate(
         raise ValueError(f"--tree must be auto or a number of draft tokens, got {tree!r}")
     if speculative is None and (tree != "auto" or check_lossless):
         raise ValueError("--tree and --check-lossless go with --speculative")
+    if screen_head is not None and (repetition_penalty != 1 or (temperature > 0 and top_k == 0)):
+        raise ValueError("--screen-head goes with --temperature 0 or --top-k, and without --repetition-penalty")
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False, markup=False)
     text = sys.stdin.read() if prompt == "-" else prompt
     model, tokenizer = load_run(path, device=device, threshold=threshold)

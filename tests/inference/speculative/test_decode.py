@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from blockffn.inference.decode import Generation, GenerationSettings, generate
+from blockffn.inference.sampling import probabilities
 from blockffn.inference.speculative.decode import Shaper, Speculation, speculative_generate
 from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.drafters.model import ModelDrafter
@@ -246,6 +247,22 @@ def test_a_target_that_is_not_lossless_is_caught_and_the_first_difference_named(
     assert found.margin is not None
     assert found.margin > 0
     assert f"differ first at new token {found.position}" in str(found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_difference_of_draws_says_how_far_the_draw_is_from_the_other_token(bigram: BigramTarget, seed: int) -> None:
+    settings = GenerationSettings(max_new_tokens=9, temperature=1.0, seed=seed)
+    plain = generate(bigram, PROMPT, settings)
+    ids = list(plain.token_ids)
+    likely = probabilities(bigram.logits[ids[4]], None, settings).double()
+    generator = torch.Generator().manual_seed(seed)
+    draw = [float(torch.rand(1, dtype=torch.float64, generator=generator)) for _ in ids][5]
+    other = ids[5] + 1 if ids[5] + 1 < len(likely) else ids[5] - 1
+    boundary = float(likely[: max(other, ids[5])].sum())
+    found = first_difference(bigram, PROMPT, settings, replace(plain, token_ids=[*ids[:5], other, *ids[6:]]))
+    assert found is not None
+    assert found.shift == pytest.approx(abs(draw - boundary), abs=1e-6)
+    assert "of probability away from that token" in str(found)
 
 
 def test_a_text_that_ends_too_early_or_too_late_is_a_difference(bigram: BigramTarget) -> None:

@@ -1,7 +1,8 @@
 """Where speculative and plain decoding part, and whether rounding can explain it.
 
 A target that computes a token differently alone and among others (another order of sums) may choose differently where
-two logits nearly tie. The margin tells such a case from a fault.
+two logits nearly tie, or where a draw falls near the boundary between two tokens. The distance to the tie or to the
+boundary tells such a case from a fault.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from blockffn.inference.decode import Generation, GenerationSettings, Request, decode
+from blockffn.inference.sampling import probabilities
 from blockffn.inference.target import Target
 
 
@@ -24,6 +27,7 @@ class Difference:
         speculative, plain: tokens there; `None` where that text had ended.
         margin: plain logit of the plain token minus that of the speculative one.
         scale: largest plain logit minus the mean; the margin's measure.
+        shift: of a draw: how much probability has to move for the same random number to give the speculative token.
     """
 
     position: int
@@ -31,13 +35,16 @@ class Difference:
     plain: int | None
     margin: float | None = None
     scale: float | None = None
+    shift: float | None = None
 
     def __str__(self) -> str:
         text = (
             f"speculative and plain decoding differ first at new token {self.position}: "
             f"{self.speculative} instead of {self.plain}"
         )
-        if self.margin is not None and self.scale is not None:
+        if self.shift is not None:
+            text += f"; the draw is {self.shift:.2g} of probability away from that token"
+        elif self.margin is not None and self.scale is not None:
             text += f"; the plain logits are {self.margin:.3g} apart, at a scale of {self.scale:.3g}"
         return text
 
@@ -56,9 +63,26 @@ def first_difference(
             return Difference(position, None, plain)
         ours = generation.token_ids[position]
         if ours != plain:
-            logits = logits.float()
-            return Difference(
-                position, ours, plain, float(logits[plain] - logits[ours]), float(logits.max() - logits.mean())
-            )
+            return _difference(position, ours, plain, logits.float(), request)
     count = len(request.new)
     return Difference(count, generation.token_ids[count], None) if count < len(generation.token_ids) else None
+
+
+def _difference(position: int, ours: int, plain: int, logits: Tensor, request: Request) -> Difference:
+    """Two tokens that were chosen after plain logits `[V]`, the second of which is the request's last."""
+    margin, scale = float(logits[plain] - logits[ours]), float(logits.max() - logits.mean())
+    if request.settings.temperature == 0:
+        return Difference(position, ours, plain, margin, scale)
+    history = torch.tensor(request.tokens[:-1], device=logits.device)
+    total = probabilities(logits, history, request.settings).double().cumsum(dim=-1)
+    # The draw of this position: every token before it took one number of the same generator.
+    generator = torch.Generator(logits.device).manual_seed(request.settings.seed)
+    for _ in range(position + 1):
+        uniform = torch.rand(1, dtype=torch.float64, device=logits.device, generator=generator)
+    return Difference(position, ours, plain, margin, scale, _outside(total, ours, float(uniform * total[-1])))
+
+
+def _outside(total: Tensor, token: int, draw: float) -> float:
+    """How far a draw lies outside a token's stretch of running sums `[V]`."""
+    begin = float(total[token - 1]) if token else 0.0
+    return max(begin - draw, draw - float(total[token]), 0.0)
