@@ -265,6 +265,16 @@ def test_a_difference_of_draws_says_how_far_the_draw_is_from_the_other_token(big
     assert "of probability away from that token" in str(found)
 
 
+@pytest.mark.parametrize(("margin", "shift", "near"), [(0.1, None, True), (0.3, None, False), (9, 0.001, True),
+                                                       (0.1, 0.2, False), (None, None, False)])  # fmt: skip
+def test_rounding_explains_near_ties_and_draws_near_a_boundary(
+    margin: float | None, shift: float | None, near: bool
+) -> None:
+    found = Difference(3, 1, 2, margin, None if margin is None else 10.0, shift)
+    assert found.may_be_rounding == near
+    assert str(found).endswith("so near that rounding can decide") == near
+
+
 def test_a_text_that_ends_too_early_or_too_late_is_a_difference(bigram: BigramTarget) -> None:
     plain = generate(bigram, PROMPT, greedy(9))
     short = replace(plain, token_ids=plain.token_ids[:5])

@@ -15,8 +15,6 @@ from blockffn.evaluation.decoding.prompts import EncodedPrompt
 from blockffn.evaluation.decoding.ways import Decoder, Run, Way
 from blockffn.inference.speculative.statistics import SpeculationStatistics
 
-# A logit apart by less than this share of the logits' scale is a tie that rounding may decide.
-NEAR_TIE = 0.02
 ALL = "all"
 
 
@@ -89,8 +87,7 @@ def check_way(way: Decoder, prompts: Sequence[EncodedPrompt], max_new_tokens: in
         difference = way.difference(prompt.ids, max_new_tokens)
         if difference is None:
             continue
-        margin, scale = difference.margin, difference.scale
-        if margin is not None and scale is not None and margin <= NEAR_TIE * scale:
+        if difference.may_be_rounding:
             ties += 1
         else:
             faults.append(f"{prompt.task}: {difference}")

@@ -17,6 +17,9 @@ from blockffn.inference.decode import Generation, GenerationSettings, Request, d
 from blockffn.inference.sampling import probabilities
 from blockffn.inference.target import Target
 
+NEAR_TIE = 0.02  # of the scale of the logits; int8 activations move them by half as much
+NEAR_BOUNDARY = 0.02  # of probability; int8 activations move the running sums by as much
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -37,6 +40,13 @@ class Difference:
     scale: float | None = None
     shift: float | None = None
 
+    @property
+    def may_be_rounding(self) -> bool:
+        """Whether two logits nearly tied, or a draw fell near a boundary."""
+        if self.shift is not None:
+            return self.shift <= NEAR_BOUNDARY
+        return self.margin is not None and self.scale is not None and self.margin <= NEAR_TIE * self.scale
+
     def __str__(self) -> str:
         text = (
             f"speculative and plain decoding differ first at new token {self.position}: "
@@ -46,7 +56,7 @@ class Difference:
             text += f"; the draw is {self.shift:.2g} of probability away from that token"
         elif self.margin is not None and self.scale is not None:
             text += f"; the plain logits are {self.margin:.3g} apart, at a scale of {self.scale:.3g}"
-        return text
+        return text + (": so near that rounding can decide" if self.may_be_rounding else "")
 
 
 def first_difference(
