@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 
 from blockffn.experiments.suite import NO_CHUNKS, NO_LOCALITY, PUBLISHED_SIZE, Experiment
+from blockffn.presets import objective_terms_of, preset_config
 
 SEED = 1
 STEPS = {"mini": 450}
@@ -63,11 +64,13 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
 
     for name, (label, changes) in OBJECTIVES.items():
         add(name, label, *changes, groups=("objectives",))
-    add("no-lift", "AL + CS, dead experts not lifted", NO_LIFT, groups=("balance",))
+    if "dead_experts" in objective_terms_of(size, "blockffn"):
+        add("no-lift", "AL + CS, dead experts not lifted", NO_LIFT, groups=("balance",))
     for value in BALANCE:
         term = f"objectives.terms.load_balancing={{kind: constant, value: {value}}}"
         add(f"balance-{value}", f"AL + CS + load balance {value}", term, groups=("balance",))
-    add("published-norm", "norm with the published epsilon", *PUBLISHED_ROUTER, groups=("architecture",))
+    if preset_config(size).router_norm_eps is not None:
+        add("published-norm", "norm with the published epsilon", *PUBLISHED_ROUTER, groups=("architecture",))
     add("relu", "router without norm", "model.router_type=relu", groups=("architecture",))
     # Three matrices instead of two: two thirds of the width.
     gated = round(width * 2 / 3)

@@ -155,7 +155,7 @@ def test_every_group_of_the_ablation_is_there_and_names_what_has_not_run(folder:
     text = page_of(folder).text
     for group in ("Objectives", "Router norm and gated experts", "Granularity", "Load balancing and dead experts"):
         assert f"### {group}\n" in text
-    assert "**Not run: router without norm; gated experts, width 43.**" in text
+    assert "**Not run: norm with the published epsilon; router without norm; gated experts, width 43.**" in text
     assert row(text, "router without norm")[-1] == "missing"
 
 

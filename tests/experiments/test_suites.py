@@ -4,7 +4,7 @@ import ablation
 import pytest
 import quality
 
-from blockffn.experiments.suite import Experiment
+from blockffn.experiments.suite import NO_LOCALITY, Experiment
 from blockffn.metrics.cost import parameter_counts
 from blockffn.presets import METHODS, SIZES, preset_config
 from blockffn.settings import parse_overrides
@@ -30,21 +30,26 @@ def test_every_ablation_has_valid_settings(size: str) -> None:
 
 def test_the_ablation_changes_one_thing_of_its_standard_at_equal_steps() -> None:
     standard, *others = ablation.experiments("mini")
-    assert standard.overrides == [f"seed={ablation.SEED}", f"steps={ablation.STEPS['mini']}"]
+    whole = [f"seed={ablation.SEED}", f"steps={ablation.STEPS['mini']}"]
+    assert standard.overrides == [*whole, ablation.LOCALITY]
     for experiment in others:
         assert experiment.suite == "ablation"
-        assert experiment.overrides[:2] == standard.overrides
-        assert len(experiment.overrides) > 2
+        shared = whole if NO_LOCALITY in experiment.overrides else standard.overrides
+        assert experiment.overrides[: len(shared)] == shared
+        assert len(experiment.overrides) > len(shared)
 
 
 def test_objectives_are_switched_off_and_replaced() -> None:
     terms = {e.label: settings_of(e).objectives.terms for e in ablation.experiments("mini")}
-    assert set(terms["AL + CS (standard)"]) == {"activation_locality", "chunk_sparsification"}
-    assert set(terms["CS"]) == {"chunk_sparsification"}
-    assert set(terms["AL"]) == {"activation_locality"}
-    assert terms["none"] == {}
-    assert set(terms["AL + L1"]) == {"activation_locality", "l1"}
-    assert set(terms["entropy"]) == {"router_entropy"}
+    lift = {"dead_experts"}
+    assert set(terms["AL + CS (standard)"]) == {"activation_locality", "chunk_sparsification"} | lift
+    assert set(terms["CS"]) == {"chunk_sparsification"} | lift
+    assert set(terms["AL"]) == {"activation_locality"} | lift
+    assert set(terms["none"]) == lift
+    assert set(terms["AL + L1"]) == {"activation_locality", "l1"} | lift
+    assert set(terms["entropy"]) == {"router_entropy"} | lift
+    assert set(terms["AL + CS, dead experts not lifted"]) == {"activation_locality", "chunk_sparsification"}
+    assert terms["AL + CS (standard)"]["activation_locality"]["kind"] == "constant"
     assert terms["L1"]["l1"]["target"] == 80
     assert terms["AL + CS + load balance 0.01"]["load_balancing"]["value"] == 0.01
 

@@ -227,8 +227,9 @@ def test_decos_scale_starts_at_a_tenth_and_baselines_draw_routers_narrowly() -> 
 
 def test_weights_start_with_the_published_spread() -> None:
     model = BlockFFNForCausalLM(
-        preset_config("mini", num_hidden_layers=1, kv_b_initializer_range=0.02, router_scale_initializer=0.3)
-    )
+        preset_config("mini", num_hidden_layers=1, kv_b_initializer_range=0.02, router_scale_initializer=0.3,
+                      router_initializer_range=None)
+    )  # fmt: skip
     scaled = 0.1 / (512 / 256) ** 0.5
     layer = model.model.layers[0]
     expected = {
