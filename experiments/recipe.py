@@ -113,27 +113,20 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
     }.items():
         add(f"gap-{label}", label, *changes, **whole)
     small = "model.router_initializer_range=0.01"
+    eps_1 = [small, "model.router_norm_eps=1.0", "model.router_scale_initializer=1.0"]
     steer = held_locality("3e-4", 72.5)
+    soft = [held_locality("1e-4", 72.5), held_chunks(0.03, warmup=50)]
     for label, changes in {
         "standard": [],
         "relu": relu,
         "relu-shared": [*relu, "model.num_shared_experts=2"],
-        "eps-1": [small, "model.router_norm_eps=1.0", "model.router_scale_initializer=1.0"],
+        "eps-1": eps_1,
         "eps-0.1": [small, "model.router_norm_eps=0.1"],
     }.items():
         add(f"steered-{label}", f"locality steered, {label}", *changes, steer, **whole)
         if label in ("relu", "eps-1"):
-            add(
-                f"soft-{label}",
-                f"both objectives start small, {label}",
-                *changes,
-                held_locality("1e-4", 72.5),
-                held_chunks(0.03, warmup=50),
-                **whole,
-            )
+            add(f"soft-{label}", f"both objectives start small, {label}", *changes, *soft, **whole)
     # What the large epsilon leaves to be mended: dead experts. Then how far its other settings matter.
-    soft = [held_locality("1e-4", 72.5), held_chunks(0.03, warmup=50)]
-    eps_1 = [small, "model.router_norm_eps=1.0", "model.router_scale_initializer=1.0"]
     for label, changes in {
         "0.01": [*eps_1, *soft, lift(0.01)],
         "0.1": [*eps_1, *soft, lift(0.1)],

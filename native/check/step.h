@@ -181,13 +181,14 @@ class StepCheck {
       const std::vector<uint8_t> packed = pack(format_, group_, outputs, inputs, weights);
       data.insert(data.end(), packed.begin(), packed.end());
     }
-    packed_.push_back(data);
-    return {packed_.back().data(), outputs, inputs, format_, static_cast<int32_t>(group_)};
+    return kept(data, outputs, inputs, format_, group_);
   }
-
   blockffn_matrix matrix(int64_t outputs, int64_t inputs, Floats& weights, int format) {
     const int64_t group = format < 2 ? 0 : 32;
-    packed_.push_back(pack(format, group, outputs, inputs, weights));
+    return kept(pack(format, group, outputs, inputs, weights), outputs, inputs, format, group);
+  }
+  blockffn_matrix kept(const std::vector<uint8_t>& packed, int64_t outputs, int64_t inputs, int format, int64_t group) {
+    packed_.push_back(packed);
     return {packed_.back().data(), outputs, inputs, format, static_cast<int32_t>(group)};
   }
 
