@@ -4,7 +4,7 @@
 
 Runs take half of the quality suite's steps, the standard among them. All have the preset's router, and its lift for
 dead experts unless the label says otherwise. The coefficient of activation locality is a constant, as in the paper: the
-preset's controller would make up for what a row leaves out.
+preset's controller would make up for what a row leaves out. That of chunk sparsification is steered from 0.03.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ def steered(objective: str, initial: float) -> str:
 
 
 LOCALITY = "objectives.terms.activation_locality={kind: constant, value: 1e-3, warmup_steps: 100}"
+CHUNKS = (
+    "objectives.terms.chunk_sparsification={kind: set_point, initial: 0.03, target: 80.5, observes: tls, "
+    "interval: 10, response_steps: 60, warmup_steps: 50}"
+)
 NO_LIFT = "objectives.terms.dead_experts=null"
 PUBLISHED_ROUTER = ("model.router_norm_eps=null", "model.router_scale_initializer=0.3",
                     "model.router_initializer_range=null")  # fmt: skip
 L1 = steered("l1", 1e-3)
-ENTROPY = steered("router_entropy", 2e-2)
+ENTROPY = steered("router_entropy", 1e-3)
 
 OBJECTIVES = {
     "cs": ("CS", [NO_LOCALITY]),
@@ -55,6 +59,8 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
     def add(name: str, label: str, *changes: str, groups: tuple[str, ...]) -> None:
         if NO_LOCALITY not in changes:
             changes = (LOCALITY, *changes)
+        if NO_CHUNKS not in changes and size == PUBLISHED_SIZE:
+            changes = (CHUNKS, *changes)
         runs.append(
             Experiment("ablation", f"{size}-{name}", label, size=size, seed=SEED, steps=STEPS.get(size),
                        changes=changes, groups=groups)

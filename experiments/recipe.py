@@ -138,6 +138,8 @@ def experiments(size: str = PUBLISHED_SIZE) -> list[Experiment]:
         "0.01-slow": [*eps_1, held_locality("1e-4", 72.5, warmup=300), held_chunks(0.03, warmup=300), lift(0.01)],
     }.items():
         add(f"lift-{label}", f"dead experts lifted, {label}", *changes, **whole)
+    # A start of chunk sparsification that does not carry TLS beyond its aim.
+    add("chunks-0.003", "chunk sparsification from 0.003", held_chunks(0.003, warmup=50), **whole)
     return runs
 
 

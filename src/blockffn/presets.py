@@ -102,7 +102,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "objectives": {"chunk_length": 64, "terms": {
             "activation_locality": {"kind": "set_point", "initial": 1e-4, "target": 72.5, "observes": "cls8",
                                     "interval": 10, "response_steps": 60, "warmup_steps": 100},
-            "chunk_sparsification": {"kind": "set_point", "initial": 0.03, "target": 80.5, "observes": "tls",
+            "chunk_sparsification": {"kind": "set_point", "initial": 0.003, "target": 80.5, "observes": "tls",
                                      "interval": 10, "response_steps": 60, "warmup_steps": 50},
             "dead_experts": {"kind": "constant", "value": 0.01},
         }},

@@ -32,7 +32,7 @@ class Recovery:
         model: the dense model, a folder or a `.gguf` file.
         text: sources for `blockffn prepare`; valid: sources that are held out.
         experts, num_experts, start_sparsity: as `blockffn convert --from-dense` takes them.
-        sparsity: token-level sparsity that training steers to, in percent.
+        sparsity, chunk_sparsity: of a token and of eight in a row, which training steers to, in percent.
         documents, new_tokens, write_batch_size: how much text the dense model writes, and how many documents at once.
         own_share: share of that text in training; with 0 none is written.
         steps, batch_size, micro_batch_size, sequence_length: of training.
@@ -47,7 +47,8 @@ class Recovery:
     experts: str = "gated"
     num_experts: int = 24
     start_sparsity: float = 40.0
-    sparsity: float = 70.0
+    sparsity: float = 65.0
+    chunk_sparsity: float = 50.0
     documents: int = 4096
     new_tokens: int = 240
     write_batch_size: int = 2048
@@ -160,11 +161,21 @@ def _training(r: Recovery, sparse: Path, dense: Path, run: Path, data: dict[Path
     ends = ("--out", run, "--json", run / "train.json")
     if any((run / "checkpoints").glob("step-*/state.json")):
         return _stage(r, "train", run / "model", "train", "--resume", *ends)
-    target: dict[str, Any] = {"kind": "set_point", "initial": 0.05, "target": r.sparsity, "observes": "tls"}
-    target |= {"interval": 10, "response_steps": 60, "warmup_steps": min(50, r.steps // 4)}
-    target["target_ramp_steps"] = r.steps // 3
-    locality = {"kind": "constant", "value": 3e-4, "warmup_steps": min(100, r.steps // 4)}
-    terms = {"chunk_sparsification": target, "activation_locality": locality}
+    ramp = {"kind": "set_point", "interval": 10, "response_steps": 100, "target_ramp_steps": r.steps // 2,
+            "warmup_steps": min(50, r.steps // 4)}  # fmt: skip
+    # Entropy makes single tokens sparse. Chunk sparsification, steered this far, switches experts off for all of them
+    # (docs/log.md); so does locality, which is therefore bounded, and dead experts are lifted.
+    terms = {
+        "router_entropy": {**ramp, "initial": 1e-3, "maximum": 0.1, "target": r.sparsity, "observes": "tls"},
+        "activation_locality": {
+            **ramp,
+            "initial": 1e-5,
+            "maximum": 1e-3,
+            "target": r.chunk_sparsity,
+            "observes": "cls8",
+        },
+        "dead_experts": {"kind": "constant", "value": 0.01},
+    }
     settings = (
         f"steps={r.steps}", f"batch_size={r.batch_size}", f"micro_batch_size={r.micro_batch_size}",
         f"data.sequence_length={r.sequence_length}", "optimizer.learning_rate=0.0005", "optimizer.weight_decay=0.01",
@@ -199,8 +210,8 @@ def _parse(description: str, arguments: Sequence[str] | None) -> argparse.Namesp
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="then stop with a checkpoint")
     parser.add_argument("--list", action="store_true", help="say what is left to do, and stop")
     defaults = Recovery.__dataclass_fields__
-    for name in ("experts", "num_experts", "start_sparsity", "sparsity", "documents", "new_tokens", "write_batch_size",
-                 "own_share", "steps", "batch_size", "micro_batch_size", "sequence_length"):  # fmt: skip
+    for name in ("experts", "num_experts", "start_sparsity", "sparsity", "chunk_sparsity", "documents", "new_tokens",
+                 "write_batch_size", "own_share", "steps", "batch_size", "micro_batch_size", "sequence_length"):  # fmt: skip
         default = defaults[name].default
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}"

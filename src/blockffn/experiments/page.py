@@ -31,8 +31,8 @@ GROUPS = {
     "objectives": (
         "Objectives",
         "AL: activation locality, at a constant 1e-3; CS: chunk sparsification, steered to the preset's TLS; L1 and "
-        "entropy: steered to a TLS of 80 %. Steering can only add sparsity: the router alone is there already, and "
-        "what a coefficient's start removes does not come back: entropy ends far above the TLS that it aims at.",
+        "entropy: steered to a TLS of 80 %. The router alone is there already, so steering lowers what it "
+        "can, and the rows differ in TLS by a few points.",
     ),
     "architecture": ("Router norm and gated experts", "Equal parameters, the standard's objectives."),
     "granularity": ("Granularity", "More and narrower experts, at the same total width."),
