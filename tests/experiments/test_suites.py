@@ -4,7 +4,7 @@ import ablation
 import pytest
 import quality
 
-from blockffn.experiments.suite import NO_LOCALITY, Experiment
+from blockffn.experiments.suite import NO_CHUNKS, NO_LOCALITY, Experiment
 from blockffn.metrics.cost import parameter_counts
 from blockffn.presets import METHODS, SIZES, preset_config
 from blockffn.settings import parse_overrides
@@ -31,10 +31,11 @@ def test_every_ablation_has_valid_settings(size: str) -> None:
 def test_the_ablation_changes_one_thing_of_its_standard_at_equal_steps() -> None:
     standard, *others = ablation.experiments("mini")
     whole = [f"seed={ablation.SEED}", f"steps={ablation.STEPS['mini']}"]
-    assert standard.overrides == [*whole, ablation.LOCALITY]
+    assert standard.overrides == [*whole, ablation.CHUNKS, ablation.LOCALITY]
     for experiment in others:
         assert experiment.suite == "ablation"
-        shared = whole if NO_LOCALITY in experiment.overrides else standard.overrides
+        off = {ablation.LOCALITY: NO_LOCALITY, ablation.CHUNKS: NO_CHUNKS}
+        shared = [change for change in standard.overrides if off.get(change) not in experiment.overrides]
         assert experiment.overrides[: len(shared)] == shared
         assert len(experiment.overrides) > len(shared)
 

@@ -211,7 +211,8 @@ def _parse(description: str, arguments: Sequence[str] | None) -> argparse.Namesp
     parser.add_argument("--list", action="store_true", help="say what is left to do, and stop")
     defaults = Recovery.__dataclass_fields__
     for name in ("experts", "num_experts", "start_sparsity", "sparsity", "chunk_sparsity", "documents", "new_tokens",
-                 "write_batch_size", "own_share", "steps", "batch_size", "micro_batch_size", "sequence_length"):  # fmt: skip
+                 "write_batch_size", "own_share", "steps", "batch_size", "micro_batch_size",
+                 "sequence_length"):  # fmt: skip
         default = defaults[name].default
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}"
