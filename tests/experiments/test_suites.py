@@ -17,7 +17,9 @@ def settings_of(experiment: Experiment) -> TrainSettings:
 
 def test_the_quality_suite_has_every_method_with_two_seeds_or_more() -> None:
     runs = quality.experiments()
-    assert {(e.method, e.seed) for e in runs} == {(m, s) for m in quality.METHODS for s in (1, 2, *quality.MORE_SEEDS.get(m, ()))}
+    assert {(e.method, e.seed) for e in runs} == {
+        (m, s) for m in quality.METHODS for s in (1, 2, *quality.MORE_SEEDS.get(m, ()))
+    }
     assert set(METHODS) <= set(quality.METHODS)
     assert len({(e.suite, e.name) for e in runs}) == len(runs)
 
