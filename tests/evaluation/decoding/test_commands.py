@@ -117,6 +117,27 @@ def test_advise_measures_and_says_what_to_use(models: Path, tmp_path: Path) -> N
     assert "tokens a step" in printed
 
 
+def test_weights_that_keep_their_format_are_measured_once_and_counted_as_they_are(
+    models: Path, tmp_path: Path
+) -> None:
+    run("convert", models / "moe", "--quantize", "int4", "--lm-head", "int4", "--out", tmp_path / "packed")
+    out = tmp_path / "advice.json"
+    run("advise", models / "moe", "-n", "4", "--json", out)
+    plain = json.loads(out.read_text())["targets"]
+    printed = run("advise", tmp_path / "packed", "-n", "4", "--json", out)
+    packed = json.loads(out.read_text())["targets"]
+    assert [target["precision"] for target in plain] == ["auto", "int8", "int4"]
+    assert [target["precision"] for target in packed] == ["auto"]
+    assert "precision int8 is not measured: the weights keep the format they are stored in" in printed.replace("\n", " ")
+    assert 5 < plain[0]["bytes_per_token"] / packed[0]["bytes_per_token"] < 8  # float32; int4 with scales
+    assert plain[0]["bytes_per_token"] > plain[1]["bytes_per_token"] > plain[2]["bytes_per_token"]
+
+
+def test_one_new_token_is_too_few_to_advise_on(models: Path) -> None:
+    with pytest.raises(ValueError, match="at least 2 new tokens, got 1"):
+        run("advise", models / "moe", "-n", "1")
+
+
 def test_a_machine_that_others_use_is_remarked(monkeypatch: pytest.MonkeyPatch) -> None:
     from blockffn.evaluation.machine import busy
 
