@@ -83,6 +83,9 @@ def test_without_a_draft_only_plain_decoding_is_timed_and_it_is_said(models: Pat
     [
         (["--draft", "oracle:2"], "between 0 and 1"),
         (["--rounds", "0"], "rounds must be at least 1"),
+        (["-n", "1"], "max_new_tokens must be at least 2"),
+        (["--max-prompt-tokens", "0"], "max_prompt_tokens must be at least 1"),
+        (["--peers", "huggingface,huggingface"], "peer 'huggingface' is named twice"),
         (["--tasks", "cooking"], "no prompts of the kind 'cooking'"),
         (["--peers", "vllm"], "unknown peer 'vllm'"),
         (["-n", "500"], "at most 448"),
@@ -93,6 +96,15 @@ def test_without_a_draft_only_plain_decoding_is_timed_and_it_is_said(models: Pat
 def test_mistakes_are_named(models: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run("bench", "decode", models / "moe", *arguments)
+
+
+def test_an_unknown_peer_is_refused_before_any_text_is_written(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blockffn.evaluation.decoding.bench.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    for peers in ("vllm", "huggingface,huggingface"):
+        with pytest.raises(ValueError, match="peer"):
+            run("bench", "decode", models / "moe", "--peers", peers)
 
 
 def test_a_twin_with_another_tokenizer_is_refused(models: Path, tmp_path: Path) -> None:
@@ -128,7 +140,8 @@ def test_weights_that_keep_their_format_are_measured_once_and_counted_as_they_ar
     packed = json.loads(out.read_text())["targets"]
     assert [target["precision"] for target in plain] == ["auto", "int8", "int4"]
     assert [target["precision"] for target in packed] == ["auto"]
-    assert "precision int8 is not measured: the weights keep the format they are stored in" in printed.replace("\n", " ")
+    note = "precision int8 is not measured: the weights keep the format they are stored in"
+    assert note in printed.replace("\n", " ")
     assert 5 < plain[0]["bytes_per_token"] / packed[0]["bytes_per_token"] < 8  # float32; int4 with scales
     assert plain[0]["bytes_per_token"] > plain[1]["bytes_per_token"] > plain[2]["bytes_per_token"]
 

@@ -65,6 +65,12 @@ def test_what_cannot_be_timed_is_refused(changed: dict[str, object], message: st
         time_ways([Scripted("a", [1.0] * 9, [])], PROMPTS, **arguments)  # type: ignore[arg-type]
 
 
+def test_ways_of_one_name_are_refused() -> None:
+    """Their runs would be taken for one way's."""
+    with pytest.raises(ValueError, match="'a' is the name of 2 ways"):
+        time_ways([Scripted(name, [1.0] * 3, []) for name in "aba"], PROMPTS, max_new_tokens=2, rounds=1, baseline="a")
+
+
 def test_acceptance_by_depth_pools_texts_of_different_depth() -> None:
     one = SpeculationStatistics(tried=[4, 2], accepted=[2, 1])
     two = SpeculationStatistics(tried=[6], accepted=[6])

@@ -131,7 +131,7 @@ def consult(
         ValueError: the model or the draft cannot be used, or fewer than 2 new tokens are asked for.
     """
     if max_new_tokens < 2:
-        raise ValueError(f"advice needs at least 2 new tokens, got {max_new_tokens}: the prompt gives the first of them")
+        raise ValueError(f"advice needs at least 2 new tokens, got {max_new_tokens}; the prompt gives the first")
     device = choose_device(device)
     model = load(path, device=device)
     encoded = encode_prompts(load_tokenizer(model_folder(path)), prompts, max_tokens=MAX_PROMPT_TOKENS)
