@@ -98,9 +98,7 @@ def test_mistakes_are_named(models: Path, arguments: list[str], message: str) ->
         run("bench", "decode", models / "moe", *arguments)
 
 
-def test_an_unknown_peer_is_refused_before_any_text_is_written(
-    models: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_peer_is_refused_before_any_text_is_written(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blockffn.evaluation.decoding.bench.load", lambda *_, **__: pytest.fail("a model was loaded"))
     for peers in ("vllm", "huggingface,huggingface"):
         with pytest.raises(ValueError, match="peer"):
@@ -129,9 +127,7 @@ def test_advise_measures_and_says_what_to_use(models: Path, tmp_path: Path) -> N
     assert "tokens a step" in printed
 
 
-def test_weights_that_keep_their_format_are_measured_once_and_counted_as_they_are(
-    models: Path, tmp_path: Path
-) -> None:
+def test_weights_that_keep_their_format_are_measured_once_and_counted_as_they_are(models: Path, tmp_path: Path) -> None:
     run("convert", models / "moe", "--quantize", "int4", "--lm-head", "int4", "--out", tmp_path / "packed")
     out = tmp_path / "advice.json"
     run("advise", models / "moe", "-n", "4", "--json", out)
