@@ -111,7 +111,7 @@ def test_what_the_screen_cannot_tell_apart_is_decided_exactly(format: str, scree
 @pytest.mark.parametrize("outlier", [0, 70, 159])
 @pytest.mark.parametrize(("format", "screen"), PAIRS)
 def test_what_rounding_the_state_hides_is_decided_exactly(format: str, screen: str, outlier: int) -> None:
-    """The screen has the head's own rows, but of a state with an outlier its products see the outlier's group as one."""
+    """The screen has the head's own rows, but beside an outlier its products hardly see the rest of the state."""
     model = tiny(160)  # groups of 64, the last of them half empty
     with torch.no_grad():
         model.model.norm.weight[outlier] = 3000.0
