@@ -66,6 +66,13 @@ def test_without_tokens_it_is_zero(shape, with_documents):
     assert loss.item() == 0
 
 
+def test_half_precision_logits_give_a_term_in_float32():
+    logits = torch.full((1, 3, 4), -1.0, dtype=torch.bfloat16)
+    loss = dead_experts(logits, margin=MARGIN)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(1 + MARGIN, rel=1e-6)
+
+
 def test_wrong_shapes_are_said():
     with pytest.raises(ValueError, match=r"\[B, T, E\]"):
         dead_experts(torch.zeros(3, 4))
