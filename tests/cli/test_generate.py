@@ -71,6 +71,21 @@ def test_a_screened_head_changes_no_text_and_says_what_it_read(blockffn, folder:
     assert re.search(r"head +\d+\.\d % read beside its screen", notes)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--temperature", "0.8"],
+        ["--temperature", "0.8", "--top-k", "65"],
+        ["--temperature", "0", "--repetition-penalty", "1.2"],
+    ],
+)
+def test_a_screen_that_would_never_be_read_is_refused(settings: list[str], blockffn, folder: Path) -> None:
+    code, text, notes = blockffn("generate", str(folder), "--prompt", "one", "--screen-head", "int8", *settings)
+    assert code != 0
+    assert not text
+    assert "--screen-head goes with --temperature 0 or --top-k up to 64" in notes
+
+
 @pytest.mark.parametrize("value", ["ngram", "model"])
 def test_what_drafts_can_be_named(value: str, blockffn, folder: Path) -> None:
     draft = str(folder) if value == "model" else value

@@ -51,6 +51,54 @@ def test_without_a_share_of_its_own_text_none_is_written(tmp_path: Path) -> None
     assert not any(str(tmp_path / "work" / "own") in word for word in found["train"])
 
 
+def finished(work: Path) -> None:
+    """What the stages of a recovery leave behind, as far as its record and its list of stages look."""
+    against = {"model": f"{work}/dense", "divergence": 0.5}
+    for file, content in (
+        ("receipt.json", {"source": f"{work}/dense", "stages": [{"name": "loaded", "loss": 2.5}]}),
+        ("dense-evaluation.json", {"perplexity": 12.25, "cost": {}}),
+        ("recovered-evaluation.json", {"perplexity": 13.5, "cost": {}, "against": against}),
+        ("dense-decode.json", {"tokens_per_second": 10.5}),
+        ("recovered-decode.json", {"tokens_per_second": 11.5}),
+        ("run/train.json", {"step": 4, "tokens": 64, "seconds": 1.5}),
+        ("dense/config.json", {}), ("sparse/config.json", {}), ("own.jsonl", {}),
+    ):  # fmt: skip
+        (work / file).parent.mkdir(parents=True, exist_ok=True)
+        (work / file).write_text(json.dumps(content))
+    for folder in ("text", "own", "run/model"):
+        (work / folder).mkdir()
+
+
+@pytest.mark.parametrize("work", [".", "a", "résumé", "runs/x"])
+def test_a_record_names_its_folder_work_and_is_otherwise_untouched(
+    work: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    finished(Path(work))
+    given = ["--model", "m.gguf", "--text", "t", "--work", work, "--records", "records", "--device", "cpu"]
+    assert main("", given) == 0
+    record = json.loads((tmp_path / "records" / "dense-to-sparse" / "smollm2-135m.json").read_text())
+    assert record["models"]["dense"]["perplexity"] == 12.25
+    assert record["receipt"]["stages"] == [{"name": "loaded", "loss": 2.5}]
+    if work != ".":
+        assert record["receipt"]["source"] == record["models"]["recovered"]["against"]["model"] == "WORK/dense"
+
+
+def test_a_record_says_every_setting_that_was_changed(tmp_path: Path) -> None:
+    finished(tmp_path / "work")
+    given = ["--model", "m.gguf", "--text", "t", "--work", str(tmp_path / "work"), "--records", str(tmp_path)]
+    assert main("", [*given, "--sparsity", "72", "--steps", "9", "--device", "cpu", "max_seconds=167"]) == 0
+    record = json.loads((tmp_path / "dense-to-sparse" / "smollm2-135m.json").read_text())
+    assert record["settings"] == "gated --sparsity 72 --steps 9 max_seconds=167"
+
+
+@pytest.mark.parametrize("share", ["-0.1", "1.5", "nan"])
+def test_a_share_outside_0_to_1_is_refused(share: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main("", ["--model", "m", "--text", "t", "--work", str(tmp_path), "--list", f"--own-share={share}"])
+    assert "--own-share must lie between 0 and 1" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_tiny_model_goes_all_the_way(tmp_path: Path) -> None:
     draw = random.Random(0)

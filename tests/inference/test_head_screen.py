@@ -27,9 +27,9 @@ PAIRS = [(head, screen) for head, screens in SCREENS.items() for screen in scree
 TREE = torch.tensor([-1, 0, 0, 1, 3])
 
 
-def tiny() -> BlockFFNForCausalLM:
+def tiny(width: int = 64) -> BlockFFNForCausalLM:
     return tiny_model(
-        "gqa", hidden_size=64, head_dim=16, vocab_size=VOCAB, tie_word_embeddings=False, max_position_embeddings=128
+        "gqa", hidden_size=width, head_dim=16, vocab_size=VOCAB, tie_word_embeddings=False, max_position_embeddings=128
     )
 
 
@@ -106,6 +106,38 @@ def test_what_the_screen_cannot_tell_apart_is_decided_exactly(format: str, scree
     target = NativeTarget(with_head(model, head), format=format, head_format=format, screen_head=screen)
     for screened, whole in zip(steps(target, ids, best), steps(target, ids, None)):
         assert_exact(screened.logits, whole.logits, best)
+
+
+@pytest.mark.parametrize("outlier", [0, 70, 159])
+@pytest.mark.parametrize(("format", "screen"), PAIRS)
+def test_what_rounding_the_state_hides_is_decided_exactly(format: str, screen: str, outlier: int) -> None:
+    """The screen has the head's own rows, but beside an outlier its products hardly see the rest of the state."""
+    model = tiny(160)  # groups of 64, the last of them half empty
+    with torch.no_grad():
+        model.model.norm.weight[outlier] = 3000.0
+    ids = torch.randint(0, VOCAB, (16,))
+    head = torch.randint(-7, 8, (VOCAB, 160)).float()
+    head[:, ::64] = -8  # the scale is 1
+    head[:, outlier] = 0 if outlier % 64 else -8
+    target = NativeTarget(with_head(model, head), format=format, head_format=format, screen_head=screen)
+    for screened, whole in zip(steps(target, ids, 1), steps(target, ids, None)):
+        assert_exact(screened.logits, whole.logits, 1)
+
+
+@pytest.mark.parametrize(("format", "screen"), PAIRS)
+def test_of_a_state_of_several_groups_nothing_but_the_answers_strip_is_read(format: str, screen: str) -> None:
+    """The answers lie in the last piece that one thread ranks; an outlier makes the scales of groups differ."""
+    model = tiny(160)
+    with torch.no_grad():
+        model.model.norm.weight[70] = 20.0
+    ids = torch.randint(0, VOCAB, (16,))
+    hidden = prefill(NativeTarget(model), ids).hidden.float()
+    head = torch.randn(VOCAB, 160)
+    head[:, 70] = 0
+    head[-16:] = 8 * hidden / hidden.norm(dim=-1, keepdim=True)
+    target = NativeTarget(with_head(model, head), format=format, head_format=format, screen_head=screen)
+    one, _ = steps(target, ids, 1)
+    assert one.head_share == pytest.approx(32 / (-(-VOCAB // 32) * 32))
 
 
 @pytest.mark.parametrize(("format", "screen"), PAIRS)

@@ -54,6 +54,25 @@ def test_gradient_is_that_of_finite_differences():
     assert torch.autograd.gradcheck(dead_experts, (logits,))
 
 
+@pytest.mark.parametrize("shape", [(1, 0, 4), (0, 3, 4), (0, 0, 4)])
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_without_tokens_it_is_zero(shape, with_documents):
+    logits = torch.zeros(shape, requires_grad=True)
+    documents = torch.zeros(shape[:2], dtype=torch.int64) if with_documents else None
+    loss = dead_experts(logits, document_ids=documents)
+    loss.backward()
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+    assert loss.item() == 0
+
+
+def test_half_precision_logits_give_a_term_in_float32():
+    logits = torch.full((1, 3, 4), -1.0, dtype=torch.bfloat16)
+    loss = dead_experts(logits, margin=MARGIN)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(1 + MARGIN, rel=1e-6)
+
+
 def test_wrong_shapes_are_said():
     with pytest.raises(ValueError, match=r"\[B, T, E\]"):
         dead_experts(torch.zeros(3, 4))

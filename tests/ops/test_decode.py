@@ -121,7 +121,8 @@ def test_a_damaged_router_is_not_hidden(triton: ModuleType) -> None:
     assert out.isnan().any()
 
 
-CASES = [(1, 1, 0), (1, 1, 1), (1, 1, 63), (1, 1, 130), (4, 3, 64), (8, 7, 200), (16, 16, 3), (64, 50, 40)]
+# The last but one fills the cache to its last row.
+CASES = [(1, 1, 0), (1, 1, 1), (1, 1, 63), (1, 1, 130), (4, 3, 64), (8, 7, 200), (16, 16, 3), (8, 7, 249), (64, 50, 40)]
 
 
 def check_grouped(
@@ -165,6 +166,14 @@ def check_results(results: list[Tensor], caches: tuple[Tensor, Tensor], inputs: 
 @pytest.mark.parametrize(("T", "count", "length"), CASES)
 def test_grouped_attention(triton: ModuleType, T: int, count: int, length: int, tree: bool) -> None:
     check_grouped(triton, step_inputs(T, length=length, count=count, tree=tree), length, (4, 2, 10), 256, torch.float32)
+
+
+def test_attention_of_a_token_whose_scores_are_far_below_zero_is_a_mean(triton: ModuleType) -> None:
+    qkv = randn(1, 3 * 16)
+    qkv[:, 16:32] = -qkv[:, :16]
+    (cache, _), tables = committed_cache(0, 4, 32, torch.float32), tables_of(4, 16, torch.float32)
+    out = triton.grouped_attention(qkv, cache, *tables, step_inputs(1, length=0), heads=1, scaling=1e3)
+    assert_close("output", out, qkv[:, 32:])
 
 
 @pytest.mark.parametrize(("T", "count", "length"), CASES)

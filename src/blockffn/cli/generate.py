@@ -98,14 +98,18 @@ def generate(
     from blockffn.inference.backends import make_target
     from blockffn.inference.drafts import resolve_draft
     from blockffn.inference.engine import Engine
+    from blockffn.ops.native import MAX_BEST
 
     check_json(json_path)
     if tree != "auto" and not tree.isdecimal():
         raise ValueError(f"--tree must be auto or a number of draft tokens, got {tree!r}")
     if speculative is None and (tree != "auto" or check_lossless):
         raise ValueError("--tree and --check-lossless go with --speculative")
-    if screen_head is not None and (repetition_penalty != 1 or (temperature > 0 and top_k == 0)):
-        raise ValueError("--screen-head goes with --temperature 0 or --top-k, and without --repetition-penalty")
+    if screen_head is not None and (repetition_penalty != 1 or (temperature > 0 and not 0 < top_k <= MAX_BEST)):
+        raise ValueError(
+            f"--screen-head goes with --temperature 0 or --top-k up to {MAX_BEST}, and without --repetition-penalty; "
+            "otherwise the whole head is read"
+        )
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False, markup=False)
     text = sys.stdin.read() if prompt == "-" else prompt
     model, tokenizer = load_run(path, device=device, threshold=threshold)

@@ -22,6 +22,9 @@ from blockffn.experiments.stages import BLOCKFFN, Stage
 
 SUITE = "dense-to-sparse"
 DECODE_PROMPT = "The old house at the end of the road"
+# Fields of `Recovery` that are options of the command line and belong to a record.
+OPTIONS = ("experts", "num_experts", "start_sparsity", "sparsity", "chunk_sparsity", "documents", "new_tokens", "write_batch_size",
+           "own_share", "steps", "batch_size", "micro_batch_size", "sequence_length")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,14 +136,13 @@ def main(description: str, arguments: Sequence[str] | None = None, *, program: t
         print("\n".join(f"{stage.name}: {shlex.join(stage.command)}" for stage in left))
         return 0
     record = given.records / SUITE / f"{given.name}.json"
-    command = shlex.join([recovery.experts, *recovery.changes])
-    facts = {"name": given.name, "model": given.model.name, "settings": command,
+    facts = {"name": given.name, "model": given.model.name, "settings": _settings(recovery),
              **machine_facts(gpu=given.device != "cpu")}  # fmt: skip
 
     def finish() -> None:
         record.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(summary(recovery.work, facts), indent=1)
-        record.write_text(text.replace(str(recovery.work), "WORK") + "\n", encoding="utf-8")
+        found = _without(str(recovery.work), summary(recovery.work, facts))
+        record.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     if left:
         task = Task(given.name, [(s.name, s.command) for s in left], log=recovery.work / "log.txt", finish=finish)
@@ -155,6 +157,32 @@ def main(description: str, arguments: Sequence[str] | None = None, *, program: t
         finish()
     print(f"recorded in {record}")
     return 0
+
+
+def _settings(recovery: Recovery) -> str:
+    """The kind of experts, and every setting that is not the default, as the command line takes it."""
+    changed = [
+        word
+        for name in OPTIONS[1:]
+        if getattr(recovery, name) != Recovery.__dataclass_fields__[name].default
+        for word in (_flag(name), f"{getattr(recovery, name):.12g}")
+    ]
+    return shlex.join([recovery.experts, *changed, *recovery.changes])
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _without(work: str, value: Any) -> Any:
+    """The same data, in which paths below the work folder begin with WORK."""
+    if isinstance(value, dict):
+        return {key: _without(work, one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without(work, one) for one in value]
+    if isinstance(value, str) and (value == work or value.startswith(f"{work}/")):
+        return "WORK" + value[len(work) :]
+    return value
 
 
 def _training(r: Recovery, sparse: Path, dense: Path, run: Path, data: dict[Path, float]) -> Stage:
@@ -210,15 +238,13 @@ def _parse(description: str, arguments: Sequence[str] | None) -> argparse.Namesp
     parser.add_argument("--stop-after", type=float, metavar="SECONDS", help="then stop with a checkpoint")
     parser.add_argument("--list", action="store_true", help="say what is left to do, and stop")
     defaults = Recovery.__dataclass_fields__
-    for name in ("experts", "num_experts", "start_sparsity", "sparsity", "chunk_sparsity", "documents", "new_tokens",
-                 "write_batch_size", "own_share", "steps", "batch_size", "micro_batch_size",
-                 "sequence_length"):  # fmt: skip
+    for name in OPTIONS:
         default = defaults[name].default
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}"
-        )
+        parser.add_argument(_flag(name), type=type(default), default=default, help=f"default {default}")
     parser.add_argument("--eval-limit", type=int, help="first so many pairs and passages only")
     given = parser.parse_intermixed_args(arguments)
+    if not 0 <= given.own_share <= 1:
+        parser.error(f"--own-share must lie between 0 and 1, got {given.own_share}")
     given.text, given.valid, given.changes = tuple(given.text), tuple(given.valid), tuple(given.changes)
     return given
 

@@ -19,7 +19,7 @@ from blockffn.inference.drafts import Draft, make_speculation, resolve_draft
 from blockffn.inference.model_target import CachedForward, ModelTarget
 from blockffn.inference.speculative.decode import speculate
 from blockffn.inference.speculative.lossless import Difference, first_difference
-from blockffn.inference.statistics import GenerationStatistics, stored_bits_per_weight
+from blockffn.inference.statistics import GenerationStatistics, bits_per_weight
 from blockffn.inference.target import Target, check_request
 from blockffn.inference.text import Writer
 from blockffn.models.causal_lm import BlockFFNForCausalLM
@@ -183,8 +183,7 @@ class Engine:
     ) -> Completion:
         """A request's result, its statistics with those that follow from the model's sizes."""
         config = self.model.config
-        # A target that packs weights of its own says how large they are.
-        bits = getattr(self.target, "bits_per_weight", None) or stored_bits_per_weight(self.model, config)
+        bits = bits_per_weight(self.model, config, self.target)
         statistics = generation.statistics.of_model(config, bits_per_weight=bits)
         return Completion(
             prompt, text, prompt_ids, generation.token_ids, generation.finish_reason, statistics, **checked

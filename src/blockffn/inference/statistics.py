@@ -151,3 +151,9 @@ def stored_bits_per_weight(model: nn.Module, config: BlockFFNConfig) -> float:
     """Bits that a parameter takes in memory, on average over the model: 16 in bfloat16, fewer where it is packed."""
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.parameters()}
     return 8 * sum(tensors.values()) / parameter_counts(config).total
+
+
+def bits_per_weight(model: nn.Module, config: BlockFFNConfig, target: object) -> float:
+    """Bits that a weight takes where a target reads it: one that packs weights of its own says how many."""
+    own: float | None = getattr(target, "bits_per_weight", None)
+    return own or stored_bits_per_weight(model, config)

@@ -33,6 +33,8 @@ def dead_experts(
         ValueError: wrong shapes.
     """
     check_layout(logits, document_ids)
+    if not logits.shape[1]:
+        return full_precision(logits).sum()
     logits, rows = full_precision(logits), None
     if document_ids is not None:
         valid = valid_tokens(document_ids)

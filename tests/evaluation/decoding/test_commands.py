@@ -83,6 +83,9 @@ def test_without_a_draft_only_plain_decoding_is_timed_and_it_is_said(models: Pat
     [
         (["--draft", "oracle:2"], "between 0 and 1"),
         (["--rounds", "0"], "rounds must be at least 1"),
+        (["-n", "1"], "max_new_tokens must be at least 2"),
+        (["--max-prompt-tokens", "0"], "max_prompt_tokens must be at least 1"),
+        (["--peers", "huggingface,huggingface"], "peer 'huggingface' is named twice"),
         (["--tasks", "cooking"], "no prompts of the kind 'cooking'"),
         (["--peers", "vllm"], "unknown peer 'vllm'"),
         (["-n", "500"], "at most 448"),
@@ -93,6 +96,13 @@ def test_without_a_draft_only_plain_decoding_is_timed_and_it_is_said(models: Pat
 def test_mistakes_are_named(models: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run("bench", "decode", models / "moe", *arguments)
+
+
+def test_an_unknown_peer_is_refused_before_any_text_is_written(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blockffn.evaluation.decoding.bench.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    for peers in ("vllm", "huggingface,huggingface"):
+        with pytest.raises(ValueError, match="peer"):
+            run("bench", "decode", models / "moe", "--peers", peers)
 
 
 def test_a_twin_with_another_tokenizer_is_refused(models: Path, tmp_path: Path) -> None:
@@ -115,6 +125,26 @@ def test_advise_measures_and_says_what_to_use(models: Path, tmp_path: Path) -> N
     assert advice["bandwidth"] > 1e8
     assert "use: blockffn generate" in printed
     assert "tokens a step" in printed
+
+
+def test_weights_that_keep_their_format_are_measured_once_and_counted_as_they_are(models: Path, tmp_path: Path) -> None:
+    run("convert", models / "moe", "--quantize", "int4", "--lm-head", "int4", "--out", tmp_path / "packed")
+    out = tmp_path / "advice.json"
+    run("advise", models / "moe", "-n", "4", "--json", out)
+    plain = json.loads(out.read_text())["targets"]
+    printed = run("advise", tmp_path / "packed", "-n", "4", "--json", out)
+    packed = json.loads(out.read_text())["targets"]
+    assert [target["precision"] for target in plain] == ["auto", "int8", "int4"]
+    assert [target["precision"] for target in packed] == ["auto"]
+    note = "precision int8 is not measured: the weights keep the format they are stored in"
+    assert note in printed.replace("\n", " ")
+    assert 5 < plain[0]["bytes_per_token"] / packed[0]["bytes_per_token"] < 8  # float32; int4 with scales
+    assert plain[0]["bytes_per_token"] > plain[1]["bytes_per_token"] > plain[2]["bytes_per_token"]
+
+
+def test_one_new_token_is_too_few_to_advise_on(models: Path) -> None:
+    with pytest.raises(ValueError, match="at least 2 new tokens, got 1"):
+        run("advise", models / "moe", "-n", "1")
 
 
 def test_a_machine_that_others_use_is_remarked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,3 +80,5 @@ def test_a_long_prompt_loses_its_beginning_but_not_its_first_token() -> None:
     long = encode_prompts(tokenizer, [Prompt("qa", "a b c d e f g h")], max_tokens=5)[0].ids
     whole = tokenizer("a b c d e f g h", add_special_tokens=False)["input_ids"]
     assert long == (tokenizer.bos_token_id, *whole[-4:])
+    shortest = encode_prompts(tokenizer, [Prompt("qa", "a b c d e f g h")], max_tokens=1)[0].ids
+    assert shortest == (tokenizer.bos_token_id,)

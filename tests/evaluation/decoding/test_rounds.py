@@ -13,6 +13,7 @@ from blockffn.evaluation.decoding.ways import Decoder, Run
 from blockffn.inference.speculative.decode import Speculation
 from blockffn.inference.speculative.drafters.ngram import NgramDrafter
 from blockffn.inference.speculative.statistics import SpeculationStatistics
+from blockffn.inference.statistics import GenerationStatistics
 from blockffn.inference.target import Step
 from tests.inference.speculative.stub_targets import BigramTarget
 
@@ -41,6 +42,24 @@ def test_a_rate_is_the_median_round_and_a_ratio_that_of_the_rounds() -> None:
     assert result.acceptance_length is None
 
 
+def test_a_slow_round_moves_neither_rate_nor_ratio() -> None:
+    slow = [[Run([0] * 11, s, 0.5)] for s in (2.0, 2.0, 2.0)]
+    fast = [[Run([0] * 11, s, 0.5)] for s in (1.0, 1.0, 100.0)]
+    result = summarise("fast", fast, PROMPTS[:1], slow).overall
+    assert (result.tokens_per_second, result.ratio) == (10, 2)
+    assert (result.lowest_ratio, result.highest_ratio) == (0.02, 2)
+
+
+def test_experts_are_means_over_steps_and_shares_of_time_add_up() -> None:
+    common = {"prompt_tokens": 2, "new_tokens": 11, "prefill_seconds": 0.5, "sampling_seconds": 1.0}
+    short = GenerationStatistics(steps=2, decode_seconds=2.0, union_experts=9.0, active_experts=3.0, **common)
+    long = GenerationStatistics(steps=6, decode_seconds=4.0, union_experts=1.0, active_experts=1.0, **common)
+    result = summarise("way", [[Run([0] * 11, 3.0, 0.5, one) for one in (short, long)]], PROMPTS[:2], None)
+    assert result.union_experts == result.overall.union_experts == 3
+    assert result.active_experts == 1.5
+    assert result.shares == {"draft": 0, "decode": 0.75, "sampling": 0.25}
+
+
 def test_kinds_of_prompts_are_told_apart_and_all_are_pooled() -> None:
     runs = [[Run([0] * 11, 1.0, 1.0), Run([0] * 11, 3.0, 1.0), Run([0] * 11, 10.0, 1.0)]]
     rates = summarise("way", runs, PROMPTS, None).rates
@@ -63,6 +82,12 @@ def test_what_cannot_be_timed_is_refused(changed: dict[str, object], message: st
     arguments = {"max_new_tokens": 3, "rounds": 1, "baseline": "a"} | changed
     with pytest.raises(ValueError, match=message):
         time_ways([Scripted("a", [1.0] * 9, [])], PROMPTS, **arguments)  # type: ignore[arg-type]
+
+
+def test_ways_of_one_name_are_refused() -> None:
+    """Their runs would be taken for one way's."""
+    with pytest.raises(ValueError, match="'a' is the name of 2 ways"):
+        time_ways([Scripted(name, [1.0] * 3, []) for name in "aba"], PROMPTS, max_new_tokens=2, rounds=1, baseline="a")
 
 
 def test_acceptance_by_depth_pools_texts_of_different_depth() -> None:

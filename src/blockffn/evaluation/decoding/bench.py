@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from blockffn.checkpoints.load import load, model_folder
 from blockffn.checkpoints.tokenizer import load_tokenizer
 from blockffn.evaluation.decoding.modes import ORACLE, Subject, oracle_rates
-from blockffn.evaluation.decoding.peers import make_peers
+from blockffn.evaluation.decoding.peers import check_peers, make_peers
 from blockffn.evaluation.decoding.prompts import EncodedPrompt, Prompt, encode_prompts
 from blockffn.evaluation.decoding.rounds import Check, WayResult, check_way, time_ways
 from blockffn.evaluation.decoding.ways import Decoder, Way
@@ -59,9 +59,11 @@ class BenchSettings:
     peers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("tree", "max_new_tokens", "max_prompt_tokens", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        # The prompt gives the first new token, so one alone takes no time of its own.
+        for name, least in (("tree", 1), ("max_new_tokens", 2), ("max_prompt_tokens", 1), ("rounds", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_peers(self.peers)
         for draft in (self.draft, self.dense_draft):
             if draft is not None and draft.startswith(ORACLE):
                 oracle_rates(draft)

@@ -128,8 +128,10 @@ def consult(
             N-grams are measured in any case.
 
     Raises:
-        ValueError: the model or the draft cannot be used.
+        ValueError: the model or the draft cannot be used, or fewer than 2 new tokens are asked for.
     """
+    if max_new_tokens < 2:
+        raise ValueError(f"advice needs at least 2 new tokens, got {max_new_tokens}; the prompt gives the first")
     device = choose_device(device)
     model = load(path, device=device)
     encoded = encode_prompts(load_tokenizer(model_folder(path)), prompts, max_tokens=MAX_PROMPT_TOKENS)
@@ -176,16 +178,24 @@ def consult(
 
 
 def _targets(model: BlockFFNForCausalLM, backend: str, capacity: int) -> tuple[dict[tuple[str, str], Any], list[str]]:
-    """A target for every precision that the backend has for this model, the stored one first."""
+    """A target for every precision that the backend has for this model, the stored one first.
+
+    Weights that are stored packed keep their format, so other precisions may be the same target again.
+    """
     targets: dict[tuple[str, str], Any] = {}
     notes = []
     for precision in PRECISIONS:
         try:
-            targets[backend, precision] = make_target(model, backend=backend, precision=precision, capacity=capacity)
+            target: Any = make_target(model, backend=backend, precision=precision, capacity=capacity)
         except ValueError as error:
             if precision == "auto":
                 raise
             notes.append(f"precision {precision} is not measured: {error}")
+            continue
+        if precision != "auto" and target.bits_per_weight == targets[backend, "auto"].bits_per_weight:
+            notes.append(f"precision {precision} is not measured: the weights keep the format they are stored in")
+            continue
+        targets[backend, precision] = target
     return targets, notes
 
 

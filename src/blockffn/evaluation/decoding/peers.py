@@ -18,17 +18,25 @@ from blockffn.models.causal_lm import BlockFFNForCausalLM
 PEERS = ("huggingface", "llama.cpp")
 
 
+def check_peers(names: Sequence[str]) -> None:
+    """Raise `ValueError` for an unknown name, or one that is given twice."""
+    for place, name in enumerate(names):
+        if name not in PEERS:
+            raise ValueError(f"unknown peer {name!r}; choose from {', '.join(PEERS)}")
+        if name in names[:place]:
+            raise ValueError(f"peer {name!r} is named twice; name each once")
+
+
 def make_peers(names: Sequence[str], subject: Subject, precision: str, capacity: int) -> tuple[list[Way], list[str]]:
     """The peers of these names for a dense model, and what is to be said about those that are left out.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: names that `check_peers` refuses, or a precision or a shape that llama.cpp does not have.
     """
+    check_peers(names)
     ways: list[Way] = []
     notes = []
     for name in names:
-        if name not in PEERS:
-            raise ValueError(f"unknown peer {name!r}; choose from {', '.join(PEERS)}")
         if name == "huggingface":
             ways.append(HuggingFaceGenerate(f"{subject.label}, Hugging Face generate()", subject.model))
             continue

@@ -92,7 +92,7 @@ def encode_prompts(
     encoded = []
     for prompt in prompts:
         ids = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
-        encoded.append(EncodedPrompt(prompt.task, tuple(bos + ids[-(max_tokens - len(bos)) :])))
+        encoded.append(EncodedPrompt(prompt.task, tuple(bos + ids[max(len(ids) + len(bos) - max_tokens, 0) :])))
     return encoded
 
 

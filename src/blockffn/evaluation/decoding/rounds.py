@@ -109,7 +109,7 @@ def time_ways(
         baseline: name of the way that ratios refer to.
 
     Raises:
-        ValueError: too few tokens or rounds, no prompts, or a baseline that is none of the ways.
+        ValueError: too few tokens or rounds, no prompts, two ways of one name, or a baseline that is none of them.
     """
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 2),
@@ -119,6 +119,9 @@ def time_ways(
         if value < least:
             raise ValueError(f"{name} must be at least {least} to time decoding, got {value}")
     names = [way.name for way in ways]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} is the name of {names.count(name)} ways, whose runs could not be told apart")
     if baseline is not None and baseline not in names:
         raise ValueError(f"the baseline {baseline!r} is none of {', '.join(names)}")
     runs: dict[str, list[list[Run]]] = {name: [[] for _ in range(rounds)] for name in names}

@@ -2,8 +2,8 @@
 
 The committed rows of the cache are cut into splits of whole blocks, as many as keep the processors busy; how many rows
 there are is read from device memory, and splits without rows end at once. One more program takes the step's own
-tokens: it rotates their keys, writes them to the cache, and attends among them as the tree says. The program that
-finishes last joins the parts. Rows of the cache are requested before the kernel that makes the queries has finished.
+tokens: it rotates their keys, writes them to the cache, and attends among them as the tree says. The second launch
+joins the parts. Rows of the cache are requested before the kernel that makes the queries has finished.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
