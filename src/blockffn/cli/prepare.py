@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from blockffn.wording import counted
+
 
 def register(app: typer.Typer) -> None:
     app.command("prepare")(prepare)
@@ -16,6 +18,7 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
+            metavar="SOURCE...",
             help="Text files, JSON lines (.jsonl, also .gz, .xz, .zst), folders of text or source files, a "
             "Hugging Face dataset (folder or id), or the names [bold]stdlib[/] and [bold]synthetic[/].",
             show_default=False,
@@ -58,6 +61,7 @@ def prepare(
         progress=console.is_terminal,
     )
     for name, split in manifest.splits.items():
-        console.print(f"{name:>6}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes")
+        sizes = (split.documents, "document"), (split.tokens, "token"), (split.bytes, "byte")
+        console.print(f"{name:>6}: " + ", ".join(counted(number, noun) for number, noun in sizes))
     console.print(f"vocabulary {manifest.vocab_size:,}; written to {out}")
     console.print(f"next: blockffn train --data {out} --out runs/my-model", style="dim")

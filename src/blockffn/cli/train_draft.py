@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from blockffn.cli.output import check_json, write_json
+from blockffn.wording import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -16,7 +17,8 @@ def register(app: typer.Typer) -> None:
 
 def train_draft(
     model: Annotated[
-        Path | None, typer.Argument(help="Folder of the target: a run, or a model.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="MODEL", help="Folder of the target: a run, or a model.", show_default=False),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -96,7 +98,7 @@ def train_draft(
     card = json.loads((out / "model" / CARD).read_text(encoding="utf-8"))
     write_json(json_path, card)
     console.print(
-        f"trained {result.step} steps on {result.tokens:,} tokens in {result.seconds:.0f} s; draft of "
+        f"trained {counted(result.step, 'step')} on {counted(result.tokens, 'token')} in {result.seconds:.0f} s; draft of "
         f"{card['parameters']:,} parameters, {card['bytes'] / 1e6:.1f} MB, in {out / 'model'}",
         soft_wrap=True,
     )

@@ -19,13 +19,12 @@ from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.growth import Budget
 from blockffn.inference.speculative.tree import DraftTree, no_tree
 from blockffn.inference.speculative.verify import Verdict
-from blockffn.inference.statistics import GenerationStatistics
+from blockffn.inference.statistics import GenerationStatistics, stored_bits_per_weight
 from blockffn.inference.target import Step, Target
 from blockffn.metrics.cost import weight_bytes_per_token
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 
 READ_BYTES = 256 << 20
-BITS = {"int8": 8.5, "int4": 4.5, "bf16": 16.0, "f32": 32.0}
 TREES = 4  # recorded trees that steps are timed on
 
 
@@ -143,12 +142,12 @@ def measure_target(
                 if round_:  # what is done once was done in the first
                     times.setdefault(len(tokens), []).append(spent)
     medians = {tokens: statistics.median(values) for tokens, values in times.items()}
-    return TargetMeasurement(backend, precision, medians, _bytes(model, plain.statistics, precision))
+    return TargetMeasurement(backend, precision, medians, _bytes(model, target, plain.statistics))
 
 
-def _bytes(model: BlockFFNForCausalLM, measured: GenerationStatistics, precision: str) -> float:
-    stored = 8.0 * model.model.norm.weight.element_size()
-    bits = BITS.get(precision, stored)
+def _bytes(model: BlockFFNForCausalLM, target: Target, measured: GenerationStatistics) -> float:
+    """Of weights that a step of one token reads, as `target` holds them."""
+    bits = getattr(target, "bits_per_weight", None) or stored_bits_per_weight(model, model.config)
     experts = measured.active_experts
     tls = None if experts is None else 100 * (1 - experts / model.config.num_experts)
     return weight_bytes_per_token(model.config, bits_per_weight=bits, tls_percent=tls)
