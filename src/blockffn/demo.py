@@ -66,7 +66,8 @@ def run_demo(
         if method == "dense":  # the same tokens, however many the time sufficed for
             settings = replace(settings, steps=summary["steps"], max_seconds=None)
         say(
-            f"training {method}: {counted(settings.steps, 'step')}; the first compiles the model, which takes half a minute"
+            f"training {method}: {counted(settings.steps, 'step')}; the first compiles the model, which takes "
+            "half a minute"
         )
         result = train(settings, run, progress=progress)
         if result.interrupted:

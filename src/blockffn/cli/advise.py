@@ -26,7 +26,7 @@ def advise(
     draft: Annotated[
         str | None,
         typer.Argument(
-            metavar="[DRAFT]",
+            metavar="DRAFT",
             help="Folder of a trained draft, or oracle:RATE; default: that beside the model. N-grams are tried anyhow.",
             show_default=False,
         ),

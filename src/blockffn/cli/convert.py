@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -120,7 +121,7 @@ def convert(
         quantization=quantization,
         dtype=dtype,
         max_shard_size=max_shard_size,
-        progress=console.is_terminal,
+        progress=sys.stderr.isatty(),
     )
     write_json(json_path, receipt(rows))
     console.print(_summary(rows))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from blockffn.cli.output import check_json, print_lines, print_text, write_json
+from blockffn.cli.output import check_json, doing, print_lines, print_text, write_json
 from blockffn.wording import counted
 
 if TYPE_CHECKING:
@@ -113,8 +113,10 @@ def generate(
     if draft is not None:
         check_draft(draft)
     model, tokenizer = load_run(path, device=device, threshold=threshold)
-    target = make_target(model, backend=backend, precision=precision, screen_head=screen_head)
-    engine = Engine(model, tokenizer, target=target, draft=draft, tree=tree if tree == "auto" else int(tree))
+    with doing(errors, "packing the weights"):
+        target = make_target(model, backend=backend, precision=precision, screen_head=screen_head)
+    with doing(errors, "loading the draft and measuring what it costs" if draft is not None else "getting ready"):
+        engine = Engine(model, tokenizer, target=target, draft=draft, tree=tree if tree == "auto" else int(tree))
     if draft is not None:
         source = "n-grams of the text" if draft == "ngram" else str(draft)
         alone = f"; {path} has no folder draft" if speculative == "auto" and draft == "ngram" else ""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,20 @@ def print_lines(
 def print_text(console: Console, text: str, *, style: str | None = None) -> None:
     """Print a text that holds no markup: wrapped at words on a terminal, one line in a file."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+@contextmanager
+def doing(console: Console, text: str) -> Iterator[None]:
+    """Say what takes a while, on a terminal only, and take it back at the end. The line stands still: a moving one
+    would disturb what is measured meanwhile."""
+    if console.is_terminal:
+        console.print(f"{text} …", style="dim", end="\r", markup=False, no_wrap=True)
+    try:
+        yield
+    finally:
+        if console.is_terminal:
+            console.file.write("\r\x1b[2K")
+            console.file.flush()
 
 
 def print_table(console: Console, table: Table) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE...",
+            metavar="SOURCE",
             help="Text files, JSON lines (.jsonl, also .gz, .xz, .zst), folders of text or source files, a "
             "Hugging Face dataset (folder or id), or the names [bold]stdlib[/] and [bold]synthetic[/].",
             show_default=False,
@@ -58,7 +59,7 @@ def prepare(
         valid_fraction=valid_fraction,
         text_field=text_field,
         source_field=source_field,
-        progress=console.is_terminal,
+        progress=sys.stderr.isatty(),
     )
     for name, split in manifest.splits.items():
         sizes = (split.documents, "document"), (split.tokens, "token"), (split.bytes, "byte")

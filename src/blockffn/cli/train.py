@@ -20,7 +20,7 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
             help="Settings to change, for example steps=2000 optimizer.learning_rate=0.02 model.num_experts=64 "
             "objectives.terms.chunk_sparsification.value=0.1. --show-settings prints all of them.",
             show_default=False,
@@ -105,7 +105,8 @@ def train(
         console.print(f"stopped after step {result.step}; go on with: blockffn train --resume --out {out}")
         raise typer.Exit(130)
     console.print(
-        f"trained {counted(result.step, 'step')} on {counted(result.tokens, 'token')} in {result.seconds:.0f} s; model in {out / 'model'}"
+        f"trained {counted(result.step, 'step')} on {counted(result.tokens, 'token')} in "
+        f"{result.seconds:.0f} s; model in {out / 'model'}"
     )
     console.print(
         f"next: blockffn evaluate {out}; blockffn report {out}; blockffn generate {out} --prompt '…'", style="dim"

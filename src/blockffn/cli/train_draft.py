@@ -23,7 +23,7 @@ def train_draft(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
             help="Settings to change, for example steps=2000 unroll=1 optimizer.learning_rate=0.002 "
             "draft.intermediate_size=1024. --show-settings prints all of them.",
             show_default=False,
@@ -98,8 +98,8 @@ def train_draft(
     card = json.loads((out / "model" / CARD).read_text(encoding="utf-8"))
     write_json(json_path, card)
     console.print(
-        f"trained {counted(result.step, 'step')} on {counted(result.tokens, 'token')} in {result.seconds:.0f} s; draft of "
-        f"{card['parameters']:,} parameters, {card['bytes'] / 1e6:.1f} MB, in {out / 'model'}",
+        f"trained {counted(result.step, 'step')} on {counted(result.tokens, 'token')} in {result.seconds:.0f} s; "
+        f"draft of {card['parameters']:,} parameters, {card['bytes'] / 1e6:.1f} MB, in {out / 'model'}",
         soft_wrap=True,
     )
     for line in card_lines(card):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,9 @@ def write(
     torn = out.with_name(out.name + ".partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     with torn.open("w", encoding="utf-8") as file:
-        for text in tqdm(texts, total=documents, unit="document", disable=not console.is_terminal):
+        for text in tqdm(
+            texts, total=documents, unit="document", leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()
+        ):
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     torn.replace(out)
     console.print(f"{counted(documents, 'document')} in {out}")

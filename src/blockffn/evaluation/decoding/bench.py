@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -167,7 +168,7 @@ def _subject(label: str, path: Path, settings: BenchSettings, draft: str | None)
     chosen = None if draft is None else str(resolve_draft(path, draft))
     if chosen is not None and not chosen.startswith(ORACLE):
         check_draft(chosen)
-    model = load(path, device=device)
+    model = load(path, device=device, progress=sys.stderr.isatty())
     capacity = min(settings.max_prompt_tokens + settings.max_new_tokens + MARGIN, model.config.max_position_embeddings)
     target = make_target(
         model, backend=settings.backend, precision=settings.precision, capacity=capacity,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -135,7 +136,7 @@ def consult(
     draft = draft or (None if beside is None else str(beside))
     if draft is not None and not draft.startswith(ORACLE):
         check_draft(draft)
-    model = load(path, device=device)
+    model = load(path, device=device, progress=sys.stderr.isatty())
     encoded = encode_prompts(load_tokenizer(model_folder(path)), prompts, max_tokens=MAX_PROMPT_TOKENS)
     capacity = min(MAX_PROMPT_TOKENS + max_new_tokens + 64, model.config.max_position_embeddings)
     bandwidth = read_bandwidth(model.device)
