@@ -74,6 +74,7 @@ def run_demo(
             raise KeyboardInterrupt
         if result.step < settings.steps:
             say(f"stopped after {result.step} of {counted(settings.steps, 'step')} to stay within five minutes")
+        say("scoring held-out text")
         evaluation = evaluate_run(run, max_rows=settings.evaluate_rows * 8)
         (run / "evaluation.json").write_text(json.dumps(evaluation.to_dict(), indent=1))
         if method == "dense":
@@ -85,6 +86,7 @@ def run_demo(
             (run / "summary.json").write_text(json.dumps(twin, indent=1))
             continue
         model, tokenizer = load_run(run)
+        say("writing a sample")
         sample = generate_sample(model, tokenizer, PROMPT, max_new_tokens=160)
         (run / "sample.json").write_text(json.dumps(sample, indent=1))
         report = evaluation.sparsity

@@ -83,7 +83,7 @@ def load(
     total = sum(tensor.num_bytes for name, tensor in folder.tensors.items() if name in targets)
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="loading", disable=not progress, leave=False, dynamic_ncols=True,
-        bar_format=BYTES_BAR,
+        bar_format=BYTES_BAR, delay=0.3,
     ) as bar:  # fmt: skip
         for name, tensor in folder.tensors.items():
             if name not in targets:
