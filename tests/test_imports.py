@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "blockffn"
 
 # What each part of the package may import of the rest of it.
-BASE = {"configuration", "presets", "routing", "errors", "settings", "_registration"}
+BASE = {"configuration", "presets", "routing", "errors", "settings", "wording", "_registration"}
 ALLOWED = {
     "ops": BASE,
     "objectives": BASE,

@@ -12,6 +12,7 @@ from typing import Any
 
 from blockffn.settings import merge
 from blockffn.training.config import train_settings
+from blockffn.wording import counted
 
 PROMPT = "def read_lines(path):\n"
 MARKER = "demo.json"
@@ -54,7 +55,7 @@ def run_demo(
         say("tokenising the Python standard library")
         prepare(["stdlib"], out / "data", vocab_size=VOCAB_SIZE, progress=False)
     split = load_manifest(out / "data").splits["train"]
-    say(f"{split.tokens:,} tokens of training text, {split.bytes / 1e6:.1f} MB")
+    say(f"{counted(split.tokens, 'token')} of training text, {split.bytes / 1e6:.1f} MB")
 
     methods = ["blockffn", "dense"] if with_dense else ["blockffn"]
     summary: dict[str, Any] = {}
@@ -64,12 +65,16 @@ def run_demo(
         settings = train_settings("nano", method, merge(base, changes or {}))
         if method == "dense":  # the same tokens, however many the time sufficed for
             settings = replace(settings, steps=summary["steps"], max_seconds=None)
-        say(f"training {method}: {settings.steps} steps; the first compiles the model, which takes half a minute")
+        say(
+            f"training {method}: {counted(settings.steps, 'step')}; the first compiles the model, which takes "
+            "half a minute"
+        )
         result = train(settings, run, progress=progress)
         if result.interrupted:
             raise KeyboardInterrupt
         if result.step < settings.steps:
-            say(f"stopped after {result.step} of {settings.steps} steps to stay within five minutes")
+            say(f"stopped after {result.step} of {counted(settings.steps, 'step')} to stay within five minutes")
+        say("scoring held-out text")
         evaluation = evaluate_run(run, max_rows=settings.evaluate_rows * 8)
         (run / "evaluation.json").write_text(json.dumps(evaluation.to_dict(), indent=1))
         if method == "dense":
@@ -81,6 +86,7 @@ def run_demo(
             (run / "summary.json").write_text(json.dumps(twin, indent=1))
             continue
         model, tokenizer = load_run(run)
+        say("writing a sample")
         sample = generate_sample(model, tokenizer, PROMPT, max_new_tokens=160)
         (run / "sample.json").write_text(json.dumps(sample, indent=1))
         report = evaluation.sparsity

@@ -20,7 +20,8 @@ def blockffn(*arguments: str, cwd: Path | None = None, stdin: str = "") -> subpr
 
 
 VERBS = ("demo", "prepare", "train", "train-draft", "evaluate", "zero-shot", "analyze", "generate", "threshold",
-         "formats", "convert", "inspect", "report", "presets", "write")  # fmt: skip
+         "formats", "convert", "inspect", "report", "presets", "write", "advise",
+         "bench")  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -186,7 +186,20 @@ def test_tables_of_decoding_speed_are_as_wide_as_their_ways_and_numbers() -> Non
     ways = ("sparse, plain", "sparse, fixed tree 7", "sparse, tree by cost")
     results = [SimpleNamespace(way=way, rates=rates, overall=rates[-1]) for way in ways]
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(_rates(SimpleNamespace(results=results)))
+    console.print(_rates(SimpleNamespace(results=results, about={"settings": {"rounds": 3}})))
     lines = console.export_text().splitlines()
     assert sum(line.count("1234.5") == len(ways) for line in lines) == len(tasks)
     assert any(all(way in line for way in ways) for line in lines)
+
+
+def test_a_wrong_draft_is_the_only_thing_that_is_said(blockffn, folder: Path) -> None:
+    code, text, notes = blockffn("generate", str(folder), "--speculative", "/nope", *PROMPT)
+    assert (code, text) == (2, "")
+    assert notes.startswith("error: /nope is no draft")
+    assert notes.count("\n") == 1
+
+
+def test_one_token_is_singular(blockffn, folder: Path) -> None:
+    code, _, notes = blockffn("generate", str(folder), "-p", "one", "-n", "1", "--stats", "--device", "cpu")
+    assert code == 0
+    assert re.search(r"^new +1 token: ", notes, re.MULTILINE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -33,3 +34,17 @@ def test_without_a_terminal_progress_is_lines(
     log.write(record(1))
     log.close()
     assert capsys.readouterr().err == "step 1/1,500  loss 3.210  TLS 70.0%  tok/s 12,346\n"
+
+
+def test_the_time_left_leaves_out_the_first_step_in_which_the_model_compiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = iter((100.0, 102.0))
+    bar = run_log._Bar(total=5, file=io.StringIO())
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: next(times))
+    bar.update()
+    assert bar.format_dict["left"] == ""
+    bar.n = 2
+    assert bar.format_dict["left"] == ", 00:06 left"
+    monkeypatch.undo()
+    bar.close()

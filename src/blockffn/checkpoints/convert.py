@@ -42,7 +42,7 @@ def convert(
         quantization: what is packed; `None` leaves all weights as they are.
         dtype: of the weights that are not packed.
         max_shard_size: largest file, such as `15MB`. A single tensor that is larger gets a file of its own.
-        progress: show a bar while loading.
+        progress: show bars.
 
     Returns:
         A line for each tensor written.
@@ -60,7 +60,7 @@ def convert(
         if packed or quantization is not None:
             raise ValueError("the published layout has no quantised weights; convert the model that is not quantised")
         check_publishable(model)
-    rows = stored_weights(model, {}) if quantization is None else pack_model(model, quantization)
+    rows = stored_weights(model, {}) if quantization is None else pack_model(model, quantization, progress=progress)
     if quantization is not None:
         attach(model, quantization)
     with new_folder(out) as folder:

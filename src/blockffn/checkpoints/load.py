@@ -20,6 +20,9 @@ from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.models.rotary import RotaryEmbedding
 from blockffn.ops.device import choose_device
 from blockffn.ops.native import empty_huge
+from blockffn.wording import counted
+
+BYTES_BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
 
 
 def model_folder(path: Path) -> Path:
@@ -78,7 +81,10 @@ def load(
     _check_names_and_shapes(folder, model)
     targets = dict(model.named_parameters())
     total = sum(tensor.num_bytes for name, tensor in folder.tensors.items() if name in targets)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress, leave=False) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="loading", disable=not progress, leave=False, dynamic_ncols=True,
+        bar_format=BYTES_BAR, delay=0.3,
+    ) as bar:  # fmt: skip
         for name, tensor in folder.tensors.items():
             if name not in targets:
                 continue
@@ -199,13 +205,13 @@ def _check_names_and_shapes(folder: Folder, model: nn.Module) -> None:
     missing = [name for name in expected if name not in folder.tensors]
     if missing:
         raise CheckpointError(
-            f"{folder.path} ({', '.join(files[:3])}) lacks {len(missing)} tensors, the first {missing[0]!r}; "
-            "download the missing files or copy them again"
+            f"{folder.path} ({', '.join(files[:3])}) lacks {counted(len(missing), 'tensor')}, the first "
+            f"{missing[0]!r}; download the missing files or copy them again"
         )
     surplus = [tensor for name, tensor in folder.tensors.items() if name not in expected]
     if surplus:
         raise CheckpointError(
-            f"{surplus[0].file} holds {len(surplus)} tensors that the model does not have, the first "
+            f"{surplus[0].file} holds {counted(len(surplus), 'tensor')} that the model does not have, the first "
             f"{surplus[0].name!r}; config.json belongs to another model"
         )
     for name, shape in expected.items():

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from blockffn.checkpoints.quantization_config import BlockFFNQuantizationConfig
@@ -14,6 +15,8 @@ from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.models.experts import GatedFFN, RoutedExperts
 from blockffn.models.packed import PackedEmbedding, PackedLinear, PackedModule, PackedRoutedExperts
 from blockffn.ops.quantization import StoredWeight, relative_error
+
+WEIGHTS_BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt} of {total_fmt} weights, {remaining} left"
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -63,8 +66,13 @@ def replace_with_empty(model: BlockFFNForCausalLM, config: BlockFFNQuantizationC
     tie(model)
 
 
-def pack_model(model: BlockFFNForCausalLM, config: BlockFFNQuantizationConfig) -> list[StoredWeight]:
+def pack_model(
+    model: BlockFFNForCausalLM, config: BlockFFNQuantizationConfig, *, progress: bool = False
+) -> list[StoredWeight]:
     """Pack the weights of `model` in place, one module after the other, and freeze it.
+
+    Args:
+        progress: show a bar.
 
     Returns:
         A line for each tensor of the model, packed or not; `error` is relative, in the Frobenius norm.
@@ -74,16 +82,23 @@ def pack_model(model: BlockFFNForCausalLM, config: BlockFFNQuantizationConfig) -
     """
     errors: dict[str, float] = {}
     tied = model.config.tie_word_embeddings
-    for name, format in packed_modules(model, config):
-        module = model.get_submodule(name)
-        packed = _packed_like(module, format, config.group_size)
-        if not (tied and module is model.lm_head):
-            try:
-                packed.fill(module)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            errors[name] = _error(module, packed.unpack(torch.float32))
-        model.set_submodule(name, packed)
+    chosen = list(packed_modules(model, config))
+    sizes = {name: sum(weight.numel() for weight in model.get_submodule(name).parameters()) for name, _ in chosen}
+    with tqdm(
+        total=sum(sizes.values()), unit_scale=True, desc="quantising", disable=not progress, leave=False,
+        dynamic_ncols=True, bar_format=WEIGHTS_BAR,
+    ) as bar:  # fmt: skip
+        for name, format in chosen:
+            module = model.get_submodule(name)
+            packed = _packed_like(module, format, config.group_size)
+            if not (tied and module is model.lm_head):
+                try:
+                    packed.fill(module)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+                errors[name] = _error(module, packed.unpack(torch.float32))
+            model.set_submodule(name, packed)
+            bar.update(sizes[name])
     tie(model)
     model.requires_grad_(False)
     return stored_weights(model, errors)

@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from blockffn.checkpoints.files import CheckpointError, StoredTensor, open_tensors, read_json
 from blockffn.checkpoints.layouts import Experts, our_name, recognise_layout
 from blockffn.configuration import BlockFFNConfig
+from blockffn.wording import counted
 
 MAX_LAYERS = 1000
 # What constructing a configuration from wrong values raises.
@@ -254,6 +255,6 @@ def _num_layers(path: Path, names: Iterable[str]) -> int:
     missing = next(i for i in range(len(found) + 1) if i not in found)
     if not found or missing < len(found) or len(found) > MAX_LAYERS:
         raise CheckpointError(
-            f"{path} has tensors of {len(found)} layers, but none of layer {missing}; is a file missing?"
+            f"{path} has tensors of {counted(len(found), 'layer')}, but none of layer {missing}; is a file missing?"
         )
     return len(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect as inspect_object
 import os
 import sys
 
@@ -42,6 +43,19 @@ for verb in (
     verb.register(app)
 
 
+def _unwrap_help(commands: typer.Typer) -> None:
+    """Paragraphs of help as one line each, for any terminal's width; as docstrings they keep the source's lines."""
+    for command in commands.registered_commands:
+        text = command.help or inspect_object.getdoc(command.callback) or ""
+        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    for group in commands.registered_groups:
+        if group.typer_instance is not None:
+            _unwrap_help(group.typer_instance)
+
+
+_unwrap_help(app)
+
+
 def main() -> None:
     """Run the command line. What a user can get wrong is one line on stderr and exit code 2, not a traceback.
 
@@ -70,6 +84,17 @@ def _explain(error: Exception) -> int:
     from blockffn.errors import UserFacingError
 
     if isinstance(error, (ValueError, OSError, UserFacingError)):
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(_fitting(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
         return 2
     raise error
+
+
+def _fitting(text: str) -> str:
+    """`text` broken between words where standard error is a terminal; names and paths stay whole."""
+    if not sys.stderr.isatty():
+        return text
+    import shutil
+    import textwrap
+
+    width = shutil.get_terminal_size().columns
+    return "\n".join(textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False))

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blockffn.cli.output import check_json, wide_console, write_json
+from blockffn.cli.output import check_json, print_table, print_text, table_console, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from blockffn.evaluation.decoding.consult import Consultation
+
+USE = "use: blockffn generate"  # how the last sentence of an advice begins
 
 
 def register(app: typer.Typer) -> None:
@@ -24,6 +26,7 @@ def advise(
     draft: Annotated[
         str | None,
         typer.Argument(
+            metavar="DRAFT",
             help="Folder of a trained draft, or oracle:RATE; default: that beside the model. N-grams are tried anyhow.",
             show_default=False,
         ),
@@ -49,28 +52,29 @@ def advise(
     from blockffn.evaluation.decoding.consult import consult
     from blockffn.evaluation.decoding.prompts import own_prompts, text_pieces
 
-    console = wide_console()
+    console = table_console()
     prompts = own_prompts(per_task=1) if text is None else text_pieces(text, count=4)
     result = consult(
         path, prompts, draft=draft, max_new_tokens=tokens, backend=backend, device=device,
-        say=lambda line: console.print(line, style="dim"),
+        say=lambda line: print_text(console, line, style="dim"),
     )  # fmt: skip
     write_json(json_path, result.to_dict())
-    console.print(_steps(result))
-    if result.acceptances:
-        console.print(_acceptance(result))
-    console.print(_options(result))
+    for table in (_steps(result), *([_acceptance(result)] if result.acceptances else []), _options(result)):
+        print_table(console, table)
     for warning in result.advice.warnings:
-        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+        print_text(console, f"warning: {warning}", style="yellow")
     for line in result.sentences():
-        console.print(line.replace("blockffn generate MODEL", f"blockffn generate {path}"), soft_wrap=True)
+        if line.startswith(USE):  # to be copied in one piece
+            console.print(f"{USE} {path}{line.removeprefix(f'{USE} MODEL')}", markup=False, soft_wrap=True)
+        else:
+            print_text(console, line)
 
 
 def _table(title: str, *headings: str) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(header_style="bold", box=SIMPLE_HEAD, title=title, title_justify="left")
+    table = Table(header_style="bold", box=SIMPLE_HEAD, title=title)
     table.add_column("", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right")
@@ -87,20 +91,27 @@ def _steps(result: Consultation) -> Table:
     table.add_row("MB a token", *(f"{target.bytes_per_token / 1e6:.2f}" for target in result.targets))
     shares = [100 * t.bytes_per_token / (t.of(1) / 1000) / result.bandwidth for t in result.targets]
     table.add_row("% of memory's speed", *(f"{share:.0f}" for share in shares))
+    if max(shares) > 100:
+        table.caption = "Above 100 %: weights stay in the processor's caches from step to step."
     return table
 
 
 def _acceptance(result: Consultation) -> Table:
+    from rich.text import Text
+
     from blockffn.evaluation.decoding.advice import conditional_rates
 
     depths = max(len(conditional_rates(a.all)) for a in result.acceptances)
-    table = _table("accepted where the token before was, %, by depth", *map(str, range(1, depths + 1)), "tokens a step")
+    headings = (*map(str, range(1, depths + 1)), "tokens a step")
+    table = _table("accepted where the token before was, %, by depth of the draft", *headings)
     for acceptance in result.acceptances:
+        table.add_section()
+        table.add_row(Text(acceptance.draft, overflow="fold"))
         kinds = {task.replace("_", " "): list(rounds) for task, rounds in acceptance.by_task.items()}
         for kind, rounds in (*kinds.items(), ("all", acceptance.all)):
             rates = [f"{100 * rate:.0f}" for rate, _ in conditional_rates(rounds)]
             length = sum(len(round_.path) + 1 for round_ in rounds) / len(rounds)
-            table.add_row(f"{acceptance.draft}, {kind}", *rates, *[""] * (depths - len(rates)), f"{length:.2f}")
+            table.add_row(f"  {kind}", *rates, *[""] * (depths - len(rates)), f"{length:.2f}")
     return table
 
 

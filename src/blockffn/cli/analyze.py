@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def analyze(
-    path: Annotated[Path, typer.Argument(help="Folder of a run, or of a model.", show_default=False)],
+    path: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a run, or of a model.", show_default=False)],
     data: Annotated[Path | None, typer.Option(help="Prepared folder; default: the run's own.")] = None,
     split: Annotated[str, typer.Option(help="Split of the prepared folder.")] = "valid",
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a row; default: the run's.")] = None,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockffn.cli.output import check_json, wide_console, write_json
+from blockffn.cli.output import check_json, print_table, print_text, table_console, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,11 +35,13 @@ def decode(
     draft: Annotated[
         str | None,
         typer.Option(
-            help="ngram, a trained draft's folder, auto (beside the model), or oracle:RATE: simulated, so often right."
+            help="ngram, a trained draft's folder, auto (that beside the model, or else ngram), none, or oracle:RATE: "
+            "simulated, so often right. Default: that beside the model, or else none.",
+            show_default=False,
         ),
     ] = None,
     dense_draft: Annotated[
-        str | None, typer.Option(help="Draft of the dense twin; default: the same, where it is no folder.")
+        str | None, typer.Option(help="Draft of the dense twin; default: as --draft, unless that is a folder.")
     ] = None,
     free_draft: Annotated[
         bool, typer.Option("--free-draft", help="A simulated draft takes no time; default: that of a real head.")
@@ -83,22 +84,21 @@ def decode(
     if text_only and text is None:
         raise ValueError("--text-only needs a --text to continue")
 
-    from rich.console import Console
-
     from blockffn.evaluation.decoding.bench import BenchSettings, bench_decode
 
-    same = draft if draft in (None, "ngram", "auto") or str(draft).startswith("oracle:") else None
+    same = draft if draft in (None, "none", "ngram", "auto") or str(draft).startswith("oracle:") else "none"
     settings = BenchSettings(
-        draft=draft, dense_draft=dense_draft or (same if dense is not None else None), priced=not free_draft, tree=tree,
+        draft=_draft(path, draft), dense_draft=None if dense is None else _draft(dense, dense_draft or same),
+        priced=not free_draft, tree=tree,
         backend=backend, precision=precision, screen_head=screen_head, device=device, max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens, rounds=rounds, peers=_words(peers),
     )  # fmt: skip
-    console = Console(highlight=False) if sys.stdout.isatty() else wide_console(200)
+    console = table_console(200)
     chosen = _prompts(prompts, text, _words(tasks), per_task, text_only)
-    report = bench_decode(path, chosen, settings, dense=dense, say=lambda line: console.print(line, style="dim"))
+    report = bench_decode(path, chosen, settings, dense=dense, say=lambda line: print_text(console, line, style="dim"))
     write_json(json_path, report.to_dict())
     for table in (_rates(report), *_kinds(report), _steps(report)):
-        console.print(table)
+        print_table(console, table)
     if any(model["simulated_acceptance"] for model in report.about["models"].values()):
         console.print(
             "Acceptance is simulated: the drafts know the text, and are right at the rate given.", style="dim"
@@ -109,6 +109,16 @@ def decode(
         plot_path.parent.mkdir(parents=True, exist_ok=True)
         decoding_rates(report.to_dict()).savefig(plot_path, dpi=150)
         console.print(f"written to {plot_path}", style="dim", soft_wrap=True)
+
+
+def _draft(path: Path, draft: str | None) -> str | None:
+    """`none` is no draft; unless a draft is named, it is the one beside the model, if there is one."""
+    from blockffn.inference.drafts import find_draft
+
+    if draft is None:
+        beside = find_draft(path)
+        return None if beside is None else str(beside)
+    return None if draft == "none" else draft
 
 
 def _prompts(
@@ -135,8 +145,9 @@ def _rates(report: BenchReport) -> Table:
     table.add_section()
     overall = [result.overall for result in results]
     table.add_row("ratio", *("" if rate.ratio is None else f"{rate.ratio:.2f}×" for rate in overall))
-    spans = ("" if r.ratio is None else f"{r.lowest_ratio:.2f}…{r.highest_ratio:.2f}" for r in overall)
-    table.add_row("of the rounds", *spans)
+    if report.about["settings"]["rounds"] > 1:
+        spans = ("" if r.ratio is None else f"{r.lowest_ratio:.2f}…{r.highest_ratio:.2f}" for r in overall)
+        table.add_row("of the rounds", *spans)
     return table
 
 
@@ -181,7 +192,7 @@ def _ways_table(title: str, results: Sequence[Any]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(header_style="bold", box=SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    table = Table(header_style="bold", box=SIMPLE_HEAD, title=title, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for result in results:
         table.add_column(result.way, justify="right")

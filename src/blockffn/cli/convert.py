@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,13 +26,13 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    path: Annotated[Path, typer.Argument(help="Folder of a run, or of a model.", show_default=False)],
+    path: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a run, or of a model.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write. It is made whole or not at all.")],
     to: Annotated[
         str, typer.Option(help="Layout: ours, published (SparseLLM/BlockFFN's); of drafts also eagle3.")
     ] = "ours",
     target: Annotated[
-        Path | None, typer.Option(help="A draft's target, if PATH is a draft.", show_default=False)
+        Path | None, typer.Option(help="A draft's target, if MODEL is a draft.", show_default=False)
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="Store weights in int8 or int4.", show_default=False)] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
@@ -120,7 +121,7 @@ def convert(
         quantization=quantization,
         dtype=dtype,
         max_shard_size=max_shard_size,
-        progress=console.is_terminal,
+        progress=sys.stderr.isatty(),
     )
     write_json(json_path, receipt(rows))
     console.print(_summary(rows))

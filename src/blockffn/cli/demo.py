@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 def demo(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as for blockffn train.", show_default=False),
+        typer.Argument(metavar="KEY=VALUE", help="Settings to change, as for blockffn train.", show_default=False),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("runs/demo"),
     with_dense: Annotated[

@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def formats(
-    path: Annotated[Path, typer.Argument(help="Folder of a run, or of a model.", show_default=False)],
+    path: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a run, or of a model.", show_default=False)],
     format: Annotated[str, typer.Option(help="Format to show tensor by tensor: f32, bf16, int8 or int4.")] = "int8",
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write both tables to this file.")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,14 @@ def convert_dense(
         wanted = Regrouping(num_experts, gated=experts == "gated", tls=sparsity)
         wanted.check(model.config)
         calibration = read_passages(data, "train", length=length, num_tokens=calibration_tokens)
-        with tqdm(total=model.config.num_hidden_layers, unit="layer", disable=not console.is_terminal) as bar:
+        with tqdm(
+            total=model.config.num_hidden_layers,
+            desc="making experts",
+            unit="layer",
+            leave=False,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        ) as bar:
             model, stages = regroup(model, wanted, calibration, held_out, on_layer=lambda _: bar.update())
         receipt["stages"] += [stage.to_dict() for stage in stages]
         receipt |= {"num_experts": num_experts, "sparsity": sparsity, "calibration_tokens": calibration_tokens}

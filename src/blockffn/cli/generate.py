@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from blockffn.cli.output import check_json, print_lines, write_json
+from blockffn.cli.output import check_json, doing, print_lines, print_text, write_json
+from blockffn.wording import counted
 
 if TYPE_CHECKING:
     from blockffn.inference.speculative.statistics import SpeculationStatistics
@@ -35,7 +36,7 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    path: Annotated[Path, typer.Argument(help="Folder of a run, or of a model.", show_default=False)],
+    path: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a run, or of a model.", show_default=False)],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; '-' reads standard input.")] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="At most so many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.8,
@@ -96,7 +97,7 @@ def generate(
     from blockffn.evaluation.run import load_run
     from blockffn.evaluation.sample import describe
     from blockffn.inference.backends import make_target
-    from blockffn.inference.drafts import resolve_draft
+    from blockffn.inference.drafts import check_draft, resolve_draft
     from blockffn.inference.engine import Engine
     from blockffn.ops.native import MAX_BEST
 
@@ -112,14 +113,18 @@ def generate(
         )
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False, markup=False)
     text = sys.stdin.read() if prompt == "-" else prompt
-    model, tokenizer = load_run(path, device=device, threshold=threshold)
     draft = None if speculative is None else resolve_draft(path, speculative)
+    if draft is not None:
+        check_draft(draft)
+    model, tokenizer = load_run(path, device=device, threshold=threshold)
+    with doing(errors, "packing the weights"):
+        target = make_target(model, backend=backend, precision=precision, screen_head=screen_head)
+    with doing(errors, "loading the draft and measuring what it costs" if draft is not None else "getting ready"):
+        engine = Engine(model, tokenizer, target=target, draft=draft, tree=tree if tree == "auto" else int(tree))
     if draft is not None:
         source = "n-grams of the text" if draft == "ngram" else str(draft)
         alone = f"; {path} has no folder draft" if speculative == "auto" and draft == "ngram" else ""
-        errors.print(f"drafts by {source}{alone}", style="dim", soft_wrap=True)
-    target = make_target(model, backend=backend, precision=precision, screen_head=screen_head)
-    engine = Engine(model, tokenizer, target=target, draft=draft, tree=tree if tree == "auto" else int(tree))
+        print_text(errors, f"drafts by {source}{alone}", style="dim")
     stream = engine.stream(
         text,
         max_new_tokens=max_new_tokens,
@@ -145,14 +150,15 @@ def generate(
         note += f", {statistics.speculation.acceptance_length:.2f} tokens a step"
     if statistics.tls is not None:
         note += f", {100 - statistics.tls:.1f} % of the experts active for a token"
-    errors.print(note, style="dim")
+    print_text(errors, note, style="dim")
     if stats:
         print_lines(errors, [(line[:10].rstrip(), line[10:]) for line in _lines(statistics)], left=True, style="dim")
     if completion.difference is not None:
-        errors.print(f"not lossless: {completion.difference}", soft_wrap=True)
+        print_text(errors, f"not lossless: {completion.difference}")
         raise typer.Exit(1)
     if completion.checked:
-        errors.print(f"lossless: plain decoding gives the same {len(completion.token_ids)} tokens", style="dim")
+        same = counted(len(completion.token_ids), "token")
+        print_text(errors, f"lossless: plain decoding gives the same {same}", style="dim")
 
 
 def _lines(statistics: GenerationStatistics) -> list[str]:
@@ -161,9 +167,9 @@ def _lines(statistics: GenerationStatistics) -> list[str]:
     decode = f", {s.decode_tokens_per_second:.1f} tokens/s" if s.decode_tokens_per_second else ""
     drafting = f"{1e3 * s.draft_seconds:.0f} ms of drafting, " if s.speculation is not None else ""
     lines = [
-        f"prompt    {s.prompt_tokens} tokens in {1e3 * s.prefill_seconds:.0f} ms, "
+        f"prompt    {counted(s.prompt_tokens, 'token')} in {1e3 * s.prefill_seconds:.0f} ms, "
         f"{s.prefill_tokens_per_second:.1f} tokens/s",
-        f"new       {s.new_tokens} tokens: {1e3 * s.decode_seconds:.0f} ms of model, {drafting}"
+        f"new       {counted(s.new_tokens, 'token')}: {1e3 * s.decode_seconds:.0f} ms of model, {drafting}"
         f"{1e3 * s.sampling_seconds:.0f} ms of sampling{decode}",
     ]
     if s.weight_bytes_per_token is not None:
@@ -171,7 +177,7 @@ def _lines(statistics: GenerationStatistics) -> list[str]:
     if s.tls is not None and s.union_share is not None:
         lines.append(f"sparsity  {s.tls:.1f} % (TLS); a step reads {s.union_share:.1f} % of the experts")
     if s.head_share is not None:
-        whole = f"; all of it in {s.whole_heads} of {s.steps} steps" if s.whole_heads else ""
+        whole = f"; all of it in {s.whole_heads} of {counted(s.steps, 'step')}" if s.whole_heads else ""
         lines.append(f"head      {100 * s.head_share:.1f} % read beside its screen{whole}")
     return lines if s.speculation is None else lines + _acceptance(s.speculation)
 
@@ -181,7 +187,7 @@ def _acceptance(s: SpeculationStatistics) -> list[str]:
     if s.acceptance_length is None or s.tree_size is None:
         return ["drafts    none: the prompt gave all tokens"]
     lines = [
-        f"drafts    {s.acceptance_length:.2f} tokens a step (acceptance length) in {s.verifications} steps; "
+        f"drafts    {s.acceptance_length:.2f} tokens a step (acceptance length) in {counted(s.verifications, 'step')}; "
         f"{s.tree_size:.1f} draft tokens a step, at most {s.largest_tree}"
     ]
     if s.tried:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from blockffn.cli.output import check_json, print_lines, write_json
+from blockffn.wording import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -15,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of a run, or of a model.", show_default=False)],
+    path: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a run, or of a model.", show_default=False)],
     tls: Annotated[
         float, typer.Option(help="Token-level sparsity in percent to reckon with; measure it with blockffn evaluate.")
     ] = 80.0,
@@ -42,7 +43,8 @@ def _draft_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("kind", f"an EAGLE draft: open it beside its target{target}"),
         ("layers", f"{a['num_hidden_layers'] or 1}, width {a['hidden_size']}, FFN {a['intermediate_size']}, "
-                   f"{a['num_attention_heads']} heads on {a['num_key_value_heads']} keys"),
+                   f"{counted(a['num_attention_heads'], 'head')} on "
+                   f"{counted(a['num_key_value_heads'], 'key')}"),
         ("proposes", proposes),
         ("parameters", f"{found['parameters']:,}; embeddings and head are the target's"),
     ]  # fmt: skip
@@ -56,14 +58,14 @@ def _draft_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
 def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     stored = ", ".join(f"{size / 1e6:,.1f} MB {dtype}" for dtype, size in found["bytes_by_dtype"].items())
     files = f"{len(found['files'])} files ({found['files'][0]} …)" if len(found["files"]) > 1 else found["files"][0]
-    storage = ("stored", f"{stored}; {found['tensors']} tensors in {files}")
+    storage = ("stored", f"{stored}; {counted(found['tensors'], 'tensor')} in {files}")
     if found["kind"] == "draft":
         return [*_draft_lines(found), storage, *(("odd", oddity) for oddity in found["oddities"])]
     a, counts = found["architecture"], found["parameters"]
-    ffn = f"{a['num_experts']} experts × {a['moe_intermediate_size']}" if a["ffn_type"] == "moe" else "dense"
-    attention = f"{a['attention_type'].upper()}, {a['num_attention_heads']} heads"
+    ffn = f"{counted(a['num_experts'], 'expert')} × {a['moe_intermediate_size']}" if a["ffn_type"] == "moe" else "dense"
+    attention = f"{a['attention_type'].upper()}, {counted(a['num_attention_heads'], 'head')}"
     if "num_key_value_heads" in a:
-        attention += f" on {a['num_key_value_heads']} keys"
+        attention += f" on {counted(a['num_key_value_heads'], 'key')}"
     lines = [
         ("layout", f"{found['layout']}; converting changes {found['conversion']}"),
         ("layers", f"{a['num_hidden_layers']} × ({attention}; {ffn}), width {a['hidden_size']}"),

@@ -1,14 +1,16 @@
-"""Where results go: checked before the work, written after it; and the console of wide tables."""
+"""Where results go: checked before the work, written after it; and how lines and tables fit a terminal."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 WIDE = 120
 
@@ -49,10 +51,41 @@ def print_lines(
     console.print(table, style=style or "")
 
 
-def wide_console(width: int = WIDE) -> Console:
-    """For tables that a narrow terminal, or a file, would cut: their lines may be longer than it is wide."""
+def print_text(console: Console, text: str, *, style: str | None = None) -> None:
+    """Print a text that holds no markup: wrapped at words on a terminal, one line in a file."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+@contextmanager
+def doing(console: Console, text: str) -> Iterator[None]:
+    """Say what takes a while, on a terminal only, and take it back at the end. The line stands still: a moving one
+    would disturb what is measured meanwhile."""
+    if console.is_terminal:
+        console.print(f"{text} …", style="dim", end="\r", markup=False, no_wrap=True)
+    try:
+        yield
+    finally:
+        if console.is_terminal:
+            console.file.write("\r\x1b[2K")
+            console.file.flush()
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table between its title and its caption, which may be wider than it is."""
+    if table.title:
+        print_text(console, str(table.title), style="italic")
+    title, caption, table.title, table.caption = table.title, table.caption, None, None
+    console.print(table)
+    table.title, table.caption = title, caption
+    if caption:
+        print_text(console, f"{caption}\n", style="dim")
+
+
+def table_console(width: int = WIDE) -> Console:
+    """For tables: as wide as the terminal, and in a file as wide as it takes to cut no cell."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.width = max(console.width, width)
+    if not console.is_terminal:
+        console.width = max(console.width, width)
     return console

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from blockffn.wording import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -16,6 +19,7 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
+            metavar="SOURCE",
             help="Text files, JSON lines (.jsonl, also .gz, .xz, .zst), folders of text or source files, a "
             "Hugging Face dataset (folder or id), or the names [bold]stdlib[/] and [bold]synthetic[/].",
             show_default=False,
@@ -55,9 +59,10 @@ def prepare(
         valid_fraction=valid_fraction,
         text_field=text_field,
         source_field=source_field,
-        progress=console.is_terminal,
+        progress=sys.stderr.isatty(),
     )
     for name, split in manifest.splits.items():
-        console.print(f"{name:>6}: {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes")
+        sizes = (split.documents, "document"), (split.tokens, "token"), (split.bytes, "byte")
+        console.print(f"{name:>6}: " + ", ".join(counted(number, noun) for number, noun in sizes))
     console.print(f"vocabulary {manifest.vocab_size:,}; written to {out}")
     console.print(f"next: blockffn train --data {out} --out runs/my-model", style="dim")

@@ -13,7 +13,7 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)],
     twin: Annotated[Path | None, typer.Option(help="Folder of a dense run on the same tokens, for comparison.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default: the run's.")] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,

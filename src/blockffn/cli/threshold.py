@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def threshold(
-    path: Annotated[Path, typer.Argument(help="Folder of a run, or of a model.", show_default=False)],
+    path: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a run, or of a model.", show_default=False)],
     thresholds: Annotated[
         str, typer.Option(help="Thresholds on routing weights, separated by commas or spaces.")
     ] = "0 0.05 0.1 0.2 0.4 0.8",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from blockffn.cli.output import check_json, write_json
+from blockffn.wording import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -19,7 +20,7 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
             help="Settings to change, for example steps=2000 optimizer.learning_rate=0.02 model.num_experts=64 "
             "objectives.terms.chunk_sparsification.value=0.1. --show-settings prints all of them.",
             show_default=False,
@@ -104,7 +105,8 @@ def train(
         console.print(f"stopped after step {result.step}; go on with: blockffn train --resume --out {out}")
         raise typer.Exit(130)
     console.print(
-        f"trained {result.step} steps on {result.tokens:,} tokens in {result.seconds:.0f} s; model in {out / 'model'}"
+        f"trained {counted(result.step, 'step')} on {counted(result.tokens, 'token')} in "
+        f"{result.seconds:.0f} s; model in {out / 'model'}"
     )
     console.print(
         f"next: blockffn evaluate {out}; blockffn report {out}; blockffn generate {out} --prompt '…'", style="dim"

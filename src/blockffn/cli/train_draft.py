@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from blockffn.cli.output import check_json, write_json
+from blockffn.wording import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -16,12 +17,13 @@ def register(app: typer.Typer) -> None:
 
 def train_draft(
     model: Annotated[
-        Path | None, typer.Argument(help="Folder of the target: a run, or a model.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="MODEL", help="Folder of the target: a run, or a model.", show_default=False),
     ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
             help="Settings to change, for example steps=2000 unroll=1 optimizer.learning_rate=0.002 "
             "draft.intermediate_size=1024. --show-settings prints all of them.",
             show_default=False,
@@ -96,8 +98,8 @@ def train_draft(
     card = json.loads((out / "model" / CARD).read_text(encoding="utf-8"))
     write_json(json_path, card)
     console.print(
-        f"trained {result.step} steps on {result.tokens:,} tokens in {result.seconds:.0f} s; draft of "
-        f"{card['parameters']:,} parameters, {card['bytes'] / 1e6:.1f} MB, in {out / 'model'}",
+        f"trained {counted(result.step, 'step')} on {counted(result.tokens, 'token')} in {result.seconds:.0f} s; "
+        f"draft of {card['parameters']:,} parameters, {card['bytes'] / 1e6:.1f} MB, in {out / 'model'}",
         soft_wrap=True,
     )
     for line in card_lines(card):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from blockffn.wording import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -13,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def write(
-    path: Annotated[Path, typer.Argument(help="Folder of a run, or of a model.", show_default=False)],
+    path: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a run, or of a model.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write: JSON lines, for blockffn prepare.")],
     data: Annotated[Path, typer.Option(help="Prepared text whose beginnings are continued.")],
     documents: Annotated[int, typer.Option(help="How many.", min=1)] = 1000,
@@ -53,8 +56,10 @@ def write(
     torn = out.with_name(out.name + ".partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     with torn.open("w", encoding="utf-8") as file:
-        for text in tqdm(texts, total=documents, unit="document", disable=not console.is_terminal):
+        for text in tqdm(
+            texts, total=documents, unit="document", leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()
+        ):
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     torn.replace(out)
-    console.print(f"{documents} documents in {out}")
+    console.print(f"{counted(documents, 'document')} in {out}")
     console.print(f"next: blockffn prepare {out} --tokenizer {path} --out FOLDER", style="dim", soft_wrap=True)

@@ -15,7 +15,9 @@ def register(app: typer.Typer) -> None:
 
 
 def zero_shot(
-    path: Annotated[Path, typer.Argument(help="Folder of a run, or of any Hugging Face model.", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Folder of a run, or of any Hugging Face model.", show_default=False)
+    ],
     task: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=FILE", help="blimp=FILE or lambada=FILE: JSON lines, plain or .xz."),

@@ -74,7 +74,7 @@ class Corpus:
         total = {"train": 0, "valid": 0}
         cut = set()
         sample = _Sample(sample_bytes)
-        with tqdm(desc="reading", unit="B", unit_scale=True, disable=not progress) as bar:
+        with tqdm(desc="reading", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
             for name in self.sources:
                 found, texts = self._survey(name, False, sample_bytes, bar)
                 if self._holds_out and name not in OWN_SPLITS and not self._fits(found):

@@ -17,6 +17,7 @@ from blockffn.data.hub import is_dataset_folder, read_dataset_folder, read_hub_d
 from blockffn.data.json_lines import read_json_lines
 from blockffn.data.standard_library import standard_library_texts
 from blockffn.data.synthetic import synthetic_texts
+from blockffn.wording import counted
 
 OWN_SPLITS = ("stdlib", "synthetic")
 """Built-in corpora; each brings its own `train` and `valid` split."""
@@ -200,7 +201,7 @@ def _read_folder(
                 skipped.append(error)
     if skipped:
         warnings.warn(
-            f"{folder}: skipped {len(skipped)} files that are not text; the first: {skipped[0]}", stacklevel=2
+            f"{folder}: skipped {counted(len(skipped), 'file')} (not text); the first: {skipped[0]}", stacklevel=2
         )
 
 

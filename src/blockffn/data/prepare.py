@@ -107,7 +107,13 @@ def _write(
     writers = {name: ShardWriter(folder, name, dtype=dtype, shard_tokens=shard_tokens) for name in survey.bytes}
     try:
         with tqdm(
-            total=sum(survey.bytes.values()), desc="tokenising", unit="B", unit_scale=True, disable=not progress
+            total=sum(survey.bytes.values()),
+            desc="tokenising",
+            unit="B",
+            unit_scale=True,
+            disable=not progress,
+            leave=False,
+            dynamic_ncols=True,
         ) as bar:
             for batch in _batches(corpus.documents(survey.cut)):
                 encoded = _encode(tokenizer, [document.text for _, document, _ in batch])

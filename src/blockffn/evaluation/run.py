@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -104,7 +105,8 @@ def heldout_batches(
         align=align,
         max_rows=max_rows,
     )
-    return batches, data
+    bar = tqdm(batches, desc="held-out text", unit=" batches", leave=False, delay=1, disable=not sys.stderr.isatty())
+    return iter(bar), data
 
 
 def evaluate_run(

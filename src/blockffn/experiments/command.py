@@ -14,6 +14,7 @@ from blockffn.experiments.records import add_optional, machine_facts, write_fail
 from blockffn.experiments.schedule import Outcome, Task, device_slots, run_tasks
 from blockffn.experiments.stages import BLOCKFFN, Places, Plan, data_facts, plan
 from blockffn.experiments.suite import PUBLISHED_SIZE, Experiment
+from blockffn.wording import counted
 
 RECORDS = Path("experiments/records")
 WORK_LEFT = 3
@@ -53,7 +54,7 @@ def main(
     slots = device_slots(0 if given.cpu else given.gpus, given.per_gpu)
     if given.eval_data is None:
         print("no zero-shot scores: give --eval-data FOLDER with blimp.jsonl.xz and lambada.jsonl.xz to have them")
-    print(f"{len(chosen)} runs, {len(slots)} at a time; records in {places.records}")
+    print(f"{counted(len(chosen), 'run')}, {len(slots)} at a time; records in {places.records}")
     facts = {"data": data_facts(places.data), **machine_facts(gpu=not given.cpu), "runs_per_device": given.per_gpu}
     tasks, refused = [], {}
     for experiment in chosen:

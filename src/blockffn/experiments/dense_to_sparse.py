@@ -23,8 +23,8 @@ from blockffn.experiments.stages import BLOCKFFN, Stage
 SUITE = "dense-to-sparse"
 DECODE_PROMPT = "The old house at the end of the road"
 # Fields of `Recovery` that are options of the command line and belong to a record.
-OPTIONS = ("experts", "num_experts", "start_sparsity", "sparsity", "chunk_sparsity", "documents", "new_tokens", "write_batch_size",
-           "own_share", "steps", "batch_size", "micro_batch_size", "sequence_length")  # fmt: skip
+OPTIONS = ("experts", "num_experts", "start_sparsity", "sparsity", "chunk_sparsity", "documents", "new_tokens",
+           "write_batch_size", "own_share", "steps", "batch_size", "micro_batch_size", "sequence_length")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from blockffn.wording import counted
+
 STOPPED = (130, -signal.SIGINT, -signal.SIGKILL)
 POLL_SECONDS = 0.2
 
@@ -108,7 +110,7 @@ def run_tasks(
             now = time.monotonic()
             if stop_at is None and (requested() or (stop_after is not None and now - begin >= stop_after)):
                 stop_at = now
-                say(f"stopping: {len(active)} runs are asked to write a checkpoint")
+                say(f"stopping: {counted(len(active), 'run')} asked to write a checkpoint")
                 for one in active:
                     _signal(one, signal.SIGINT)
             if stop_at is not None and now - stop_at >= grace:

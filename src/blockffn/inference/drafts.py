@@ -41,6 +41,20 @@ def resolve_draft(path: Path, draft: str) -> str | Path:
     return (find_draft(path) or "ngram") if draft == "auto" else draft
 
 
+def check_draft(draft: str | Path) -> None:
+    """Look at what `draft` names without reading weights, so that a wrong name fails before any work.
+
+    Raises:
+        ValueError: it is neither `ngram` nor the folder of a draft or a model.
+    """
+    if draft == "ngram":
+        return
+    folder = Path(draft)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no draft: give 'ngram', or the folder of a trained draft or of a smaller model")
+    open_tensors(model_folder(folder))
+
+
 def make_speculation(
     model: BlockFFNForCausalLM, target: Target, draft: Draft, *, tree: str | int = "auto"
 ) -> Speculation:
@@ -88,10 +102,8 @@ def make_drafter(
         return trained_drafter(draft, model, target, growth=growth)
     if not isinstance(draft, (str, Path)):
         return draft
-    folder, weights = Path(draft), model.model.norm.weight
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no draft: give 'ngram', or the folder of a trained draft or of a smaller model")
-    folder = model_folder(folder)
+    check_draft(draft)
+    folder, weights = model_folder(Path(draft)), model.model.norm.weight
     if is_draft(open_tensors(folder)):
         trained = load_draft(folder, model.config, dtype=weights.dtype).to(weights.device)
         return trained_drafter(trained, model, target, growth=growth)

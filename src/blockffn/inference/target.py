@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from blockffn.wording import counted
+
 
 class Target(Protocol):
     """A model with a cache that can be extended tentatively by a chain or a tree of tokens. Batch 1."""
@@ -124,12 +126,12 @@ def check_fits(prompt_tokens: int, max_new_tokens: int, *, capacity: int) -> Non
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if prompt_tokens > capacity:
         raise ValueError(
-            f"a prompt of {prompt_tokens} tokens exceeds the cache's capacity of {capacity}; shorten it, or give the "
-            "engine a larger capacity if the model's context allows it"
+            f"a prompt of {counted(prompt_tokens, 'token')} exceeds the cache's capacity of {capacity}; shorten it, or "
+            "give the engine a larger capacity if the model's context allows it"
         )
     if prompt_tokens + max_new_tokens - 1 > capacity:
         raise ValueError(
             f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the cache's capacity of {capacity}; "
-            f"ask for at most {capacity - prompt_tokens + 1} new tokens, shorten the prompt, or give the engine a "
-            "larger capacity if the model's context allows it"
+            f"ask for at most {counted(capacity - prompt_tokens + 1, 'new token')}, shorten the prompt, or give the "
+            "engine a larger capacity if the model's context allows it"
         )

@@ -24,6 +24,7 @@ from blockffn.reporting.palette import LIGHT
 from blockffn.reporting.svg import TIP
 
 WIDTH = 7.2  # inches
+MEANS = 25  # of a curve: its running mean is over this part of its values
 INK, MUTED, GREY = LIGHT["ink"], LIGHT["muted"], LIGHT["grey"]
 BLUE, ORANGE, GREEN, PURPLE = (LIGHT[name] for name in ("blue", "orange", "green", "purple"))
 STYLE: Any = {
@@ -85,11 +86,16 @@ def rows_height(count: int) -> float:
 
 def curve(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, color: str) -> End:
     """Draws the logged values thin and their running mean thick; returns the label of the line's end."""
-    smooth = running_mean(y, len(y) // 25)
-    if len(y) >= 50:
+    smooth = running_mean(y, len(y) // MEANS)
+    if averages(y):
         axes.plot(*thin(x, y), color=color, linewidth=0.7, alpha=0.4)
     axes.plot(*thin(x, smooth), color=color)
     return last(smooth), name, color
+
+
+def averages(values: Sequence[Any]) -> bool:
+    """Whether there are so many that a curve's running mean is over more than one."""
+    return len(values) // MEANS > 1
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:

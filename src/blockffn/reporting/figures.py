@@ -91,6 +91,7 @@ def loss_terms(
         for axes, end, column in zip(row, ends, (values, weights or ())):
             axes.set_ylim(*chart.roomy([value for value in column if math.isfinite(value)]))
             axes.yaxis.set_major_locator(chart.ticks(3))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # small ones as the label at the end
             chart.end_labels(axes, [end])
         tips = []
         for i, step in enumerate(steps):
@@ -256,7 +257,7 @@ def _last_third(axes: Axes, curves: Sequence[tuple[str, Sequence[float], Sequenc
     """The end of training again, magnified in the empty corner above the curves: the twins differ by a few percent."""
     inset = axes.inset_axes((0.42, 0.4, 0.47, 0.44))
     for color, x, y in curves:
-        smooth = chart.running_mean(y, len(y) // 25)
+        smooth = chart.running_mean(y, len(y) // chart.MEANS)
         late = [(a, b) for a, b in zip(x, smooth) if a >= right * 2 / 3 and math.isfinite(b)]
         if late:
             inset.plot(*chart.thin(*zip(*late)), color=color)

@@ -83,7 +83,8 @@ def cards(values: Mapping[str, Any], other: Mapping[str, Any], names: Sequence[s
         found.append(
             f'<div class="card"><div class="name">{escape(label(name))}</div>'
             f'<div class="value">{escape(format_value(name, values.get(name)))}</div>'
-            f'<div class="beside">{escape(beside)}</div></div>'
+            + (f'<div class="beside">{escape(beside)}</div>' if other else "")
+            + "</div>"
         )
     return f'<div class="cards">{"".join(found)}</div>'
 

@@ -122,7 +122,8 @@ def _training(run: Run, twin: Run | None, draw: _Drawer) -> str:
         twin_name=_other_name(twin),
         twin_heldout_loss=_other_headline(run, twin).get("heldout_loss"),
     )
-    text = "Thin lines are the values of single logged steps, thick lines their running mean."
+    averaged = figures.chart.averages(run.metrics) or (twin_rows is not None and figures.chart.averages(twin_rows))
+    text = "Thin lines are the values of single logged steps, thick lines their running mean." if averaged else ""
     return page.section(heading, draw("training", figure, heading), text=text)
 
 

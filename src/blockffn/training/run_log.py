@@ -21,6 +21,27 @@ SECONDS_BETWEEN_LINES = 15.0
 LANGUAGE_MODEL = (("language_model_loss", "loss", "{:.3f}"), ("tls", "TLS", "{:.1f}%"), ("cls8", "CLS8", "{:.1f}%"))
 
 
+class _Bar(tqdm):
+    """Its estimate of the time left leaves out the first step of this process, which compiles the model."""
+
+    _first: tuple[int, float] | None = None
+
+    def update(self, n: float | None = 1) -> bool | None:
+        updated = super().update(n)
+        if self._first is None:
+            self._first = int(self.n), time.monotonic()
+        return updated
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        values = super().format_dict
+        left = ""
+        if self._first is not None and self.n > self._first[0] and self.total is not None:
+            per_step = (time.monotonic() - self._first[1]) / (self.n - self._first[0])
+            left = f", {tqdm.format_interval(per_step * (self.total - self.n))} left"
+        return {**values, "left": left}
+
+
 class RunLog:
     """Append-only log of a run. Only the main process opens one.
 
@@ -52,9 +73,9 @@ class RunLog:
         self._shown = shown
         self._steps, self._lines = steps, progress and not sys.stderr.isatty()
         self._last_line = time.monotonic()
-        self._bar = tqdm(
+        self._bar = _Bar(
             total=steps, initial=first_step, unit="step", disable=not progress or self._lines, dynamic_ncols=True,
-            bar_format="{n_fmt}/{total_fmt} {bar}| {elapsed}<{remaining}{postfix}",
+            bar_format="{n_fmt}/{total_fmt} {bar}| {elapsed}{left}{postfix}",
         )  # fmt: skip
 
     def _drop_after(self, step: int) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
+from blockffn.checkpoints.load import load
 from blockffn.cli import app
 from blockffn.configuration import BlockFFNConfig
 from blockffn.data.tokenizer import train_tokenizer
+from blockffn.inference.native_model import why_not_native
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 
 SIZES = {
@@ -78,6 +83,32 @@ def test_without_a_draft_only_plain_decoding_is_timed_and_it_is_said(models: Pat
     assert "tree" not in printed
 
 
+@pytest.fixture
+def with_draft(models: Path, tmp_path: Path) -> Path:
+    """A model with a smaller one, which is itself here, in its folder `draft`."""
+    folder = tmp_path / "model"
+    shutil.copytree(models / "moe", folder)
+    shutil.copytree(models / "moe", folder / "draft")
+    return folder
+
+
+def test_the_draft_beside_the_model_is_the_default(with_draft: Path) -> None:
+    short = ("--tasks", "qa", "--per-task", "1", "-n", "6", "--rounds", "1")
+    printed = run("bench", "decode", with_draft, *short)
+    assert f"drafts: {with_draft / 'draft'}" in printed
+    assert "sparse, tree by cost" in printed
+    assert "of the rounds" not in printed
+    assert "tree by cost" not in run("bench", "decode", with_draft, *short, "--draft", "none")
+
+
+@pytest.mark.parametrize("command", [("bench", "decode", "--draft"), ("advise",)])
+def test_a_wrong_draft_is_named_before_anything_is_said(models: Path, command: tuple[str, ...]) -> None:
+    *verb, option = command if len(command) > 1 else (*command, "")
+    result = CliRunner().invoke(app, [*verb, str(models / "moe"), *([option] if option else []), "/nope"])
+    assert "/nope is no draft" in str(result.exception)
+    assert result.output == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -136,7 +167,7 @@ def test_weights_that_keep_their_format_are_measured_once_and_counted_as_they_ar
     packed = json.loads(out.read_text())["targets"]
     assert [target["precision"] for target in plain] == ["auto", "int8", "int4"]
     assert [target["precision"] for target in packed] == ["auto"]
-    note = "precision int8 is not measured: the weights keep the format they are stored in"
+    note = "int8 and int4 not measured: the weights are stored packed and stay as they are"
     assert note in printed.replace("\n", " ")
     assert 5 < plain[0]["bytes_per_token"] / packed[0]["bytes_per_token"] < 8  # float32; int4 with scales
     assert plain[0]["bytes_per_token"] > plain[1]["bytes_per_token"] > plain[2]["bytes_per_token"]
@@ -145,6 +176,30 @@ def test_weights_that_keep_their_format_are_measured_once_and_counted_as_they_ar
 def test_one_new_token_is_too_few_to_advise_on(models: Path) -> None:
     with pytest.raises(ValueError, match="at least 2 new tokens, got 1"):
         run("advise", models / "moe", "-n", "1")
+
+
+def test_advise_fits_80_columns(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None, highlight=False)
+    monkeypatch.setattr("blockffn.cli.advise.table_console", lambda: shown)
+    monkeypatch.setattr("blockffn.evaluation.decoding.consult.read_bandwidth", lambda device: 1.0)
+    run("advise", models / "moe", "oracle:0.8", "-n", "8")
+    lines = [line for line in shown.file.getvalue().splitlines() if not line.startswith("use: ")]  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80
+    assert "Above 100 %: weights stay in the processor's caches" in shown.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_advise_reckons_packed_weights_as_they_lie_in_memory(models: Path, tmp_path: Path) -> None:
+    if why_not_native(load(models / "moe")) is not None:
+        pytest.skip("no native kernels here")
+    plain, packed = tmp_path / "plain.json", tmp_path / "packed.json"
+    run("convert", models / "moe", "--quantize", "int8", "--group-size", "32", "--out", tmp_path / "int8")
+    run("advise", models / "moe", "-n", "8", "--json", plain)
+    printed = run("advise", tmp_path / "int8", "-n", "8", "--json", packed)
+    [stored] = json.loads(packed.read_text())["targets"]
+    reckoned = {target["precision"]: target["bytes_per_token"] for target in json.loads(plain.read_text())["targets"]}
+    assert 0.8 < stored["bytes_per_token"] / reckoned["int8"] < 1.3
+    assert stored["bytes_per_token"] < 0.5 * reckoned["auto"]
+    assert "int8 and int4 not measured: the weights are stored packed" in printed
 
 
 def test_a_machine_that_others_use_is_remarked(monkeypatch: pytest.MonkeyPatch) -> None:

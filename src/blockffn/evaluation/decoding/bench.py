@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ from blockffn.evaluation.decoding.rounds import Check, WayResult, check_way, tim
 from blockffn.evaluation.decoding.ways import Decoder, Way
 from blockffn.evaluation.machine import describe_machine
 from blockffn.inference.backends import make_target
-from blockffn.inference.drafts import resolve_draft
+from blockffn.inference.drafts import check_draft, resolve_draft
 from blockffn.metrics.cost import parameter_counts
 from blockffn.ops.device import choose_device
 
@@ -120,7 +121,7 @@ def bench_decode(
     checks: list[Check] = []
     notes: list[str] = []
     for subject in subjects:
-        say(f"{subject.label}: {_about_model(subject)}")
+        say(f"{subject.label}: {_about_model(subject)}; drafts: {subject.draft or 'none'}")
         if (subject.draft or "").startswith(ORACLE):
             subject.learn(encoded, settings.max_new_tokens)
         modes, own_checks, own_notes = _modes(subject, encoded, settings, say)
@@ -166,13 +167,15 @@ def _modes(
 
 def _subject(label: str, path: Path, settings: BenchSettings, draft: str | None) -> Subject:
     device = choose_device(settings.device)
-    model = load(path, device=device)
+    chosen = None if draft is None else str(resolve_draft(path, draft))
+    if chosen is not None and not chosen.startswith(ORACLE):
+        check_draft(chosen)
+    model = load(path, device=device, progress=sys.stderr.isatty())
     capacity = min(settings.max_prompt_tokens + settings.max_new_tokens + MARGIN, model.config.max_position_embeddings)
     target = make_target(
         model, backend=settings.backend, precision=settings.precision, capacity=capacity,
         screen_head=settings.screen_head,
     )  # fmt: skip
-    chosen = str(resolve_draft(path, draft)) if draft is not None else None
     return Subject(label, model, target, chosen, settings.priced)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -35,7 +36,7 @@ from blockffn.evaluation.decoding.rounds import time_ways
 from blockffn.evaluation.decoding.ways import Decoder
 from blockffn.evaluation.machine import busy, describe_machine
 from blockffn.inference.backends import make_target
-from blockffn.inference.drafts import find_draft
+from blockffn.inference.drafts import check_draft, find_draft
 from blockffn.inference.speculative.growth import Budget
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.ops.device import choose_device
@@ -133,7 +134,11 @@ def consult(
     if max_new_tokens < 2:
         raise ValueError(f"advice needs at least 2 new tokens, got {max_new_tokens}; the prompt gives the first")
     device = choose_device(device)
-    model = load(path, device=device)
+    beside = find_draft(path)
+    draft = draft or (None if beside is None else str(beside))
+    if draft is not None and not draft.startswith(ORACLE):
+        check_draft(draft)
+    model = load(path, device=device, progress=sys.stderr.isatty())
     encoded = encode_prompts(load_tokenizer(model_folder(path)), prompts, max_tokens=MAX_PROMPT_TOKENS)
     capacity = min(MAX_PROMPT_TOKENS + max_new_tokens + 64, model.config.max_position_embeddings)
     bandwidth = read_bandwidth(model.device)
@@ -142,8 +147,6 @@ def consult(
     notes += busy(model.device)
     first = next(iter(targets.values()))
     most = MOST[model.device.type]
-    beside = find_draft(path)
-    draft = draft or (None if beside is None else str(beside))
     names = ["ngram", *([draft] if draft not in (None, "ngram") else [])]
     acceptances, drafts, subjects = [], [], {}
     for name in names:
@@ -178,24 +181,24 @@ def consult(
 
 
 def _targets(model: BlockFFNForCausalLM, backend: str, capacity: int) -> tuple[dict[tuple[str, str], Any], list[str]]:
-    """A target for every precision that the backend has for this model, the stored one first.
-
-    Weights that are stored packed keep their format, so other precisions may be the same target again.
-    """
+    """A target for every precision that makes a difference to this model, the stored one first."""
     targets: dict[tuple[str, str], Any] = {}
-    notes = []
+    notes, same = [], []
     for precision in PRECISIONS:
         try:
-            target: Any = make_target(model, backend=backend, precision=precision, capacity=capacity)
+            target = make_target(model, backend=backend, precision=precision, capacity=capacity)
         except ValueError as error:
             if precision == "auto":
                 raise
             notes.append(f"precision {precision} is not measured: {error}")
             continue
-        if precision != "auto" and target.bits_per_weight == targets[backend, "auto"].bits_per_weight:
-            notes.append(f"precision {precision} is not measured: the weights keep the format they are stored in")
-            continue
-        targets[backend, precision] = target
+        bits = getattr(target, "bits_per_weight", None)
+        if any(bits == other.bits_per_weight for other in targets.values()):
+            same.append(precision)
+        else:
+            targets[backend, precision] = target
+    if same:
+        notes.append(f"{' and '.join(same)} not measured: the weights are stored packed and stay as they are")
     return targets, notes
 
 

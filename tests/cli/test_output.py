@@ -1,0 +1,72 @@
+"""Lines and tables in a terminal of 80 columns and in a file."""
+
+from __future__ import annotations
+
+import io
+import sys
+from itertools import pairwise
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+from typer.testing import CliRunner
+
+from blockffn import cli
+from blockffn.cli.output import doing, print_table, print_text
+
+WORDS = "words and numbers [1] of a line that no terminal of this width holds " * 3
+
+
+def console(*, terminal: bool) -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(file=file, width=80, force_terminal=terminal, color_system=None, highlight=False), file
+
+
+def test_text_is_wrapped_on_a_terminal_and_one_line_in_a_file() -> None:
+    for terminal in (True, False):
+        shown, file = console(terminal=terminal)
+        print_text(shown, WORDS.strip())
+        lines = file.getvalue().splitlines()
+        assert " ".join(map(str.strip, lines)) == WORDS.strip()
+        assert (max(map(len, lines)) <= 80) == terminal
+        assert (len(lines) == 1) != terminal
+
+
+def test_a_title_may_be_wider_than_its_table() -> None:
+    shown, file = console(terminal=True)
+    table = Table("a", title="a title of many more letters than the table", caption="and so is this caption")
+    print_table(shown, table)
+    lines = file.getvalue().splitlines()
+    assert lines[0] == table.title
+    assert table.caption in lines
+
+
+def test_what_takes_a_while_is_said_on_a_terminal_and_taken_back() -> None:
+    shown, file = console(terminal=True)
+    with doing(shown, "packing"):
+        assert file.getvalue() == "packing …\r"
+    assert file.getvalue().endswith("\r\x1b[2K")
+    shown, file = console(terminal=False)
+    with doing(shown, "packing"):
+        pass
+    assert file.getvalue() == ""
+
+
+def test_an_error_is_broken_between_words_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = f"error: /a/{'path-' * 20}folder holds no model: {WORDS}".strip()
+    assert cli._fitting(text) == text
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    lines = cli._fitting(text).splitlines()
+    assert " ".join(lines) == text
+    assert [len(line) > 80 for line in lines].count(True) == 1  # the path, which stays whole
+
+
+@pytest.mark.parametrize("command", [["bench", "decode"], ["advise"], ["convert"]])
+def test_paragraphs_of_help_fill_the_terminal(command: list[str]) -> None:
+    """A line that ends early is the last of its paragraph: no line break of the source is left."""
+    text = CliRunner().invoke(cli.app, [*command, "--help"], env={"COLUMNS": "80", "TERM": "dumb"}).output
+    lines = [line.strip() for line in text.split("╭─ Arguments")[0].splitlines()[2:]]
+    for line, following in pairwise(lines):
+        if line and following:
+            assert len(f" {line} {following.split()[0]}") > 79, line
