@@ -25,6 +25,9 @@ class NativeDraft(NativeWeights):
         model, target: what it drafts for, and how that runs.
         capacity: tokens of a text; trees of `native.MAX_STEP` more fit behind them.
 
+    Attributes:
+        times: whether runs add up the seconds of their parts in `seconds`, by part of `native.PARTS`. runs: their number.
+
     Raises:
         ValueError: the draft lies on another device.
     """
@@ -44,6 +47,12 @@ class NativeDraft(NativeWeights):
         self.vocab_size = self.description.head.outputs
         self._logits = torch.empty(native.MAX_STEP, -(-self.vocab_size // 32) * 32)
         self._counts = torch.empty(self._num_layers * (native.MAX_STEP + 1), dtype=torch.int64)
+        self.times, self.runs = False, 0
+        self._seconds = torch.zeros(len(native.PARTS), dtype=torch.float64)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return dict(zip(native.PARTS, self._seconds.tolist()))
 
     def _description(
         self, draft: DraftModel, model: BlockFFNForCausalLM, target: NativeModel, capacity: int
@@ -121,7 +130,9 @@ class NativeDraft(NativeWeights):
             num_union=self._counts.data_ptr(),
             num_active=self._counts[self._num_layers :].data_ptr(),
             workspace=self._workspace.data_ptr(),
+            seconds=self._seconds.data_ptr() if self.times else None,
         )
+        self.runs += 1
         if native.function("decode_step")(self.description, ctypes.byref(step)):
             raise ValueError(
                 f"the draft cannot run {count} tokens between {int(tokens.min())} and {int(tokens.max())}, behind "
