@@ -3,9 +3,9 @@
     python benchmarks/round_parts.py /tmp/synthetic-0.8b --dense /tmp/synthetic-0.8b-dense --precision int4 \\
         --screen-head int4 --draft oracle:0.75 --sizes 2 3 5 7 --json round-parts.json
 
-Plain decoding and fixed trees of several sizes take turns on the same prompts; what they say is checked first. Of each a
-line: milliseconds of a step or round, of which drafting, running the model and choosing tokens, tokens a round, and runs
-of the draft's network. Drafting and the model are split into the parts of the native step (`blockffn.ops.native.PARTS`)
+Plain decoding and fixed trees of several sizes take turns on the same prompts; what they say is checked first. Of each
+a line: milliseconds of a step or round, of which drafting, running the model and choosing tokens, tokens a round, and
+runs of the draft's network. Drafting and the model are split into the parts of the native step (`blockffn.ops.native.PARTS`)
 and `python`, which is all that is not in the native call. `floor` is the time that the bytes of the weights read need
 at the bandwidth of a plain read beside the timings.
 """
@@ -187,7 +187,9 @@ def summarise(timed: Timed, base: Timed, bandwidth: float, positions: int) -> Pa
 
 
 def print_parts(rows: Sequence[Parts]) -> None:
-    print(f"{'':<28}{'tok/s':>7}{'ratio':>7}{'tokens':>8}{'ms':>7}{'floor':>7}{'draft':>7}{'model':>7}{'choose':>7}{'runs':>6}")
+    print(
+        f"{'':<28}{'tok/s':>7}{'ratio':>7}{'tokens':>8}{'ms':>7}{'floor':>7}{'draft':>7}{'model':>7}{'choose':>7}{'runs':>6}"
+    )
     for row in rows:
         print(
             f"{row.way:<28}{row.tokens_per_second:>7.1f}{row.ratio:>6.2f}×{row.tokens:>8.2f}{row.milliseconds:>7.2f}"
@@ -218,7 +220,7 @@ def make_ways(options: argparse.Namespace) -> tuple[list[Timed], list[EncodedPro
         subject = Subject(label, model, target, options.draft)
         subject.learn(prompts, options.tokens)
         sizes = options.sizes if label == "sparse" else options.dense_sizes
-        decoders = [subject.plain(), *(subject.speculating(tree=size) for size in sizes)]
+        decoders = [subject.plain(), *(subject.speculating(tree=int(s) if s.isdecimal() else s) for s in sizes)]
         for decoder in decoders:
             ways.append(Timed(decoder, target, screened=False))
             if options.screen_head:
@@ -236,8 +238,8 @@ def main() -> None:
     parser.add_argument("--draft", default="oracle:0.75", help="as `blockffn bench decode` takes it, but n-grams")
     parser.add_argument("--precision", default="int4")
     parser.add_argument("--screen-head", help="each way with this screen of the head as well")
-    parser.add_argument("--sizes", type=int, nargs="*", default=[2, 3, 5, 7])
-    parser.add_argument("--dense-sizes", type=int, nargs="*", default=[])
+    parser.add_argument("--sizes", nargs="*", default=["2", "3", "5", "7", "chain:2", "chain:3"], help="N or chain:N")
+    parser.add_argument("--dense-sizes", nargs="*", default=[])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)

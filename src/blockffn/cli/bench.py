@@ -45,7 +45,9 @@ def decode(
     free_draft: Annotated[
         bool, typer.Option("--free-draft", help="A simulated draft takes no time; default: that of a real head.")
     ] = False,
-    tree: Annotated[int, typer.Option(help="Draft tokens of the fixed tree.")] = 7,
+    tree: Annotated[
+        str, typer.Option(metavar="[N|chain:N]", help="Draft tokens of the fixed tree; chain:N: without branches.")
+    ] = "7",
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts like Spec-Bench's question.jsonl; default: a few of our own.")
     ] = None,
@@ -89,7 +91,8 @@ def decode(
 
     same = draft if draft in (None, "ngram", "auto") or str(draft).startswith("oracle:") else None
     settings = BenchSettings(
-        draft=draft, dense_draft=dense_draft or (same if dense is not None else None), priced=not free_draft, tree=tree,
+        draft=draft, dense_draft=dense_draft or (same if dense is not None else None), priced=not free_draft,
+        tree=int(tree) if tree.isdecimal() else tree,
         backend=backend, precision=precision, screen_head=screen_head, device=device, max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens, rounds=rounds, peers=_words(peers),
     )  # fmt: skip

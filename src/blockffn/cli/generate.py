@@ -64,7 +64,11 @@ def generate(
         ),
     ] = None,
     tree: Annotated[
-        str, typer.Option(metavar="[auto|N]", help="Draft tokens a step. auto: as many as pay; it measures that first.")
+        str,
+        typer.Option(
+            metavar="[auto|N|chain:N]",
+            help="Draft tokens a step. auto: as many as pay; it measures that first. chain:N: without branches.",
+        ),
     ] = "auto",
     check_lossless: Annotated[
         bool, typer.Option("--check-lossless", help="Decode without drafts as well; exit code 1 if the tokens differ.")
@@ -100,7 +104,7 @@ def generate(
     from blockffn.inference.engine import Engine
 
     check_json(json_path)
-    if tree != "auto" and not tree.isdecimal():
+    if tree != "auto" and not tree.removeprefix("chain:").isdecimal():
         raise ValueError(f"--tree must be auto or a number of draft tokens, got {tree!r}")
     if speculative is None and (tree != "auto" or check_lossless):
         raise ValueError("--tree and --check-lossless go with --speculative")
@@ -115,7 +119,7 @@ def generate(
         alone = f"; {path} has no folder draft" if speculative == "auto" and draft == "ngram" else ""
         errors.print(f"drafts by {source}{alone}", style="dim", soft_wrap=True)
     target = make_target(model, backend=backend, precision=precision, screen_head=screen_head)
-    engine = Engine(model, tokenizer, target=target, draft=draft, tree=tree if tree == "auto" else int(tree))
+    engine = Engine(model, tokenizer, target=target, draft=draft, tree=int(tree) if tree.isdecimal() else tree)
     stream = engine.stream(
         text,
         max_new_tokens=max_new_tokens,

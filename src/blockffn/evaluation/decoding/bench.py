@@ -21,7 +21,7 @@ from blockffn.evaluation.decoding.rounds import Check, WayResult, check_way, tim
 from blockffn.evaluation.decoding.ways import Decoder, Way
 from blockffn.evaluation.machine import describe_machine
 from blockffn.inference.backends import make_target
-from blockffn.inference.drafts import resolve_draft
+from blockffn.inference.drafts import resolve_draft, tree_shape
 from blockffn.metrics.cost import parameter_counts
 from blockffn.ops.device import choose_device
 
@@ -37,7 +37,7 @@ class BenchSettings:
         draft, dense_draft: `ngram`, a folder of a trained draft, `auto` (the folder beside the model, or else `ngram`),
             `oracle:RATE`, or `None`.
         priced: a simulated draft takes the time of a real head of random weights.
-        tree: draft tokens of the fixed tree.
+        tree: draft tokens of the fixed tree, or `chain:N`.
         backend, precision: see `backends.make_target`.
         screen_head: see `backends.make_target`.
         max_prompt_tokens: a longer prompt loses its beginning.
@@ -48,7 +48,7 @@ class BenchSettings:
     draft: str | None = None
     dense_draft: str | None = None
     priced: bool = True
-    tree: int = 7
+    tree: int | str = 7
     backend: str = "auto"
     precision: str = "auto"
     screen_head: str | None = None
@@ -59,9 +59,12 @@ class BenchSettings:
     peers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("tree", "max_new_tokens", "max_prompt_tokens", "rounds"):
+        for name in ("max_new_tokens", "max_prompt_tokens", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.tree == "auto":
+            raise ValueError("tree is that of the fixed tree: draft tokens or chain:N, got 'auto'")
+        tree_shape(self.tree)
         for draft in (self.draft, self.dense_draft):
             if draft is not None and draft.startswith(ORACLE):
                 oracle_rates(draft)

@@ -10,6 +10,7 @@ first choice is right in 80 of 100 cases. A further choice is right with half of
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,12 +83,16 @@ class OracleDrafter:
 
         top_k = min(self.growth.top_k, BRANCHES)
 
+        run_chain = getattr(beside, "chain", None) if top_k == 1 else None
+
         def expand(tree: DraftTree, nodes: list[int]) -> Tensor:
-            if beside is not None:
+            if beside is not None and run_chain is None:
                 top_children(beside, tree, nodes, top_k)
             return torch.stack([self._position(length, tree, node).log_probs for node in nodes])
 
         ranks = grow(expand, top_k=top_k, depth=depth, size=size, least=budget.least)
+        if run_chain is not None:
+            run_chain(len(ranks), -math.inf)
         return DraftTree(self._tokens(ranks, length), ranks.parents, ranks.log_probs)
 
     def _position(self, length: int, tree: DraftTree, node: int) -> _Position:
