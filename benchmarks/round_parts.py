@@ -5,8 +5,8 @@
 
 Plain decoding and fixed trees of several sizes take turns on the same prompts; what they say is checked first. Of each
 a line: milliseconds of a step or round, of which drafting, running the model and choosing tokens, tokens a round, and
-runs of the draft's network. Drafting and the model are split into the parts of the native step (`blockffn.ops.native.PARTS`)
-and `python`, which is all that is not in the native call. `floor` is the time that the bytes of the weights read need
+runs of the draft's network. Drafting and the model are split into the parts of the native step (`ops.native.PARTS`) and
+`python`, which is all that is not in the native call. `floor` is the time that the bytes of the weights read need
 at the bandwidth of a plain read beside the timings.
 """
 

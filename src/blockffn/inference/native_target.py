@@ -182,8 +182,8 @@ class NativeTarget:
             pieces.append((union, active, marks))
             shares.append(int(strips) * 32 / self._padded_vocab)
         head_share = None if self._screening is None else sum(shares) / len(shares)
-        union, active = self._counts(pieces)
-        return Step(logits[:, : self.vocab_size], hidden.to(self._dtype), union, active, head_share, choices)
+        counts = self._counts(pieces)
+        return Step(logits[:, : self.vocab_size], hidden.to(self._dtype), *counts, head_share, choices)
 
     def _counts(self, pieces: list[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Tensor | None, Tensor | None]:
         """`union` and `active` of a `Step`."""
