@@ -21,7 +21,7 @@
 
 #include <stdint.h>
 
-#define BLOCKFFN_API_VERSION 4
+#define BLOCKFFN_API_VERSION 5
 
 #pragma GCC visibility push(default) /* all else in the library is hidden */
 #ifdef __cplusplus
@@ -165,6 +165,7 @@ typedef struct {
   /* Up to BLOCKFFN_MAX_BEST and the head's outputs, with a screen and without num_best: of each row the num_exact largest
    * logits, and all that equal the least of these but for rounding, are as ever; others may be -infinity. 0: all are as ever. */
   int64_t num_exact;
+  int64_t* choices;       /* [num_logits] the first output with the largest logit, or NULL; not with num_best */
   int64_t* num_strips;    /* strips of the head that were read; or NULL */
   int64_t num_best;       /* up to BLOCKFFN_MAX_BEST and the head's outputs; 0: logits are not ranked */
   int64_t* best;          /* [num_logits][num_best] outputs of the head with the largest logits, best first, */
@@ -180,6 +181,14 @@ typedef struct {
  * BLOCKFFN_BAD_ARGUMENT: too many tokens in the step or its tree, a token outside the vocabulary, a parent that does not
  * precede its token, more positions than the cache has, or more to rank than there is. */
 int32_t blockffn_decode_step(const blockffn_model* model, const blockffn_step* step);
+
+/* A chain of drafts of a draft model: the step, a chain with one row of logits, then one step after the other on the best
+ * token and the output of the step before, which fill the positions behind. Writes of up to `count` tokens the outputs of
+ * the head and the logarithms of their shares, and how many there are: fewer where one is not a number, or where the sum
+ * of these logarithms has fallen below `least`. `token_ids`: [head's outputs] the tokens behind the outputs, or NULL.
+ * The step's num_best, best and best_log_probs are not read; `hidden` is overwritten. Errors as above. */
+int32_t blockffn_draft_chain(const blockffn_model* model, const blockffn_step* step, int64_t count, float least,
+                             const int64_t* token_ids, int64_t* outputs, float* log_probs, int64_t* num_drafted);
 int64_t blockffn_cache_bytes(const blockffn_model* model);
 int64_t blockffn_step_workspace(const blockffn_model* model);
 

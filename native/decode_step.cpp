@@ -93,6 +93,7 @@ class DecodeStep {
         head_(model.head),
         screen_(model.screen),
         ranking_(isa_, step),
+        choosing_(step),
         screening_(isa_, model, step) {}
 
   // Plans the memory; returns how many bytes it takes.
@@ -129,6 +130,7 @@ class DecodeStep {
     at_ffn_ = memory_.reserve(ffn);
     attention_.reserve(memory_, most_threads_);
     ranking_.reserve(memory_, model_.head.outputs);
+    choosing_.reserve(memory_, model_.head.outputs);
     screening_.reserve(memory_);
     return memory_.size();
   }
@@ -155,6 +157,7 @@ class DecodeStep {
     weights_ = memory_.at<float>(at_weights_);
     attention_.use(memory_);
     ranking_.use(memory_);
+    choosing_.use(memory_);
     screening_.use(memory_);
     run_on_threads([](void* self) { static_cast<DecodeStep*>(self)->on_each_thread(); }, this, most_threads_);
     if (step_.num_strips) *step_.num_strips = step_.num_exact ? screening_.num_read() : head_.strips.count();
@@ -191,6 +194,12 @@ class DecodeStep {
       meet(worker, [] {});
       ranking_.rank_pieces();
       meet(worker, [&] { ranking_.merge(); });
+    }
+    if (step_.choices) {
+      meet(worker, [] {});
+      choosing_.choose_in_pieces();
+      worker.clock.add_to(BLOCKFFN_HEAD);
+      meet(worker, [&] { choosing_.merge(); });
     }
     worker.clock.add_to(BLOCKFFN_HEAD);
   }
@@ -440,6 +449,7 @@ class DecodeStep {
   Product head_;
   Product screen_;
   Ranking ranking_;
+  Choosing choosing_;
   Screening screening_;
   Counter read_, embedded_;
   Meeting meeting_;
@@ -469,6 +479,7 @@ bool is_valid(const blockffn_model& model, const blockffn_step& step) {
   if (step.num_best < 0 || step.num_best > BLOCKFFN_MAX_BEST || step.num_best > model.head.outputs) return false;
   if (step.num_exact < 0 || step.num_exact > BLOCKFFN_MAX_BEST || step.num_exact > model.head.outputs) return false;
   if (step.num_exact && (step.num_best || !model.screen.data)) return false;
+  if (step.choices && step.num_best) return false;
   if (model.fusion.data && !step.states) return false;
   for (int64_t t = 0; t < step.num_tokens; ++t)
     if (step.tokens[t] < 0 || step.tokens[t] >= model.vocab_size) return false;
@@ -481,6 +492,36 @@ extern "C" int32_t blockffn_decode_step(const blockffn_model* model, const block
   Positions positions;
   if (!is_valid(*model, *step) || !positions.set(*step)) return BLOCKFFN_BAD_ARGUMENT;
   DecodeStep(*model, *step, positions).run();
+  return BLOCKFFN_OK;
+}
+
+extern "C" int32_t blockffn_draft_chain(const blockffn_model* model, const blockffn_step* first, int64_t count, float least,
+                                        const int64_t* token_ids, int64_t* outputs, float* log_probs,
+                                        int64_t* num_drafted) {
+  blockffn_step step = *first;
+  if (count < 1 || step.num_logits != 1 || step.parents || step.num_earlier || step.num_exact || step.choices)
+    return BLOCKFFN_BAD_ARGUMENT;
+  if (step.length + step.num_tokens + count - 1 > model->capacity) return BLOCKFFN_BAD_ARGUMENT;
+  float total = 0;
+  int64_t token = 0;
+  step.num_best = 1;
+  *num_drafted = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    step.best = outputs + i;
+    step.best_log_probs = log_probs + i;
+    const int32_t status = blockffn_decode_step(model, &step);
+    if (status != BLOCKFFN_OK) return status;
+    if (!(log_probs[i] > -__builtin_inff())) break;
+    *num_drafted = i + 1;
+    total += log_probs[i];
+    if (total < least) break;
+    token = token_ids ? token_ids[outputs[i]] : outputs[i];
+    float* const last = step.hidden + (step.num_tokens - 1) * model->hidden_size;
+    step.length += step.num_tokens;
+    step.num_tokens = 1;
+    step.tokens = &token;
+    step.states = step.hidden = last;  // read before it is written
+  }
   return BLOCKFFN_OK;
 }
 

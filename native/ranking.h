@@ -38,6 +38,46 @@ inline int64_t best_of(const float* values, int64_t begin, int64_t end, int64_t 
   return count;
 }
 
+// The first largest logit of each row, which stays as it is. Threads share pieces of rows.
+class Choosing {
+ public:
+  explicit Choosing(const blockffn_step& step) : step_(step) {}
+
+  void reserve(Workspace& memory, int64_t outputs) {
+    outputs_ = outputs;
+    pieces_ = (outputs + kPiece - 1) / kPiece;
+    at_best_ = memory.reserve(step_.num_logits * pieces_ * static_cast<int64_t>(sizeof(Candidate)));
+  }
+  void use(const Workspace& memory) { best_ = memory.at<Candidate>(at_best_); }
+
+  // By all threads, when the logits are there.
+  void choose_in_pieces() {
+    for (int64_t i; (i = tasks_.take()) < step_.num_logits * pieces_;) {
+      const int64_t begin = i % pieces_ * kPiece, end = begin + kPiece < outputs_ ? begin + kPiece : outputs_;
+      best_of(step_.logits + i / pieces_ * round_up(outputs_, kStrip), begin, end, 1, best_ + i);
+    }
+  }
+
+  // By one thread, when the pieces are done.
+  void merge() const {
+    for (int64_t row = 0; row < step_.num_logits; ++row) {
+      Candidate best;
+      int64_t count = 0;
+      for (int64_t i = row * pieces_; i < (row + 1) * pieces_; ++i) insert(&best, count, 1, best_[i]);
+      step_.choices[row] = best.output;
+    }
+  }
+
+ private:
+  static constexpr int64_t kPiece = 8192;
+
+  const blockffn_step& step_;
+  int64_t outputs_ = 0, pieces_ = 0;
+  int64_t at_best_ = 0;
+  Candidate* best_ = nullptr;  // [logits][pieces]
+  Counter tasks_;
+};
+
 // A row is ranked in pieces of a fixed length, which threads share; so sums do not depend on their number or timing.
 class Ranking {
  public:

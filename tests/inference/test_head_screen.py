@@ -188,6 +188,22 @@ def test_tokens_are_those_of_an_unscreened_target(format: str, screen: str, sett
     assert decides or screened.statistics.whole_heads == screened.statistics.steps
 
 
+@pytest.mark.parametrize("structure", ["random", "ties", "all equal"])
+@pytest.mark.parametrize("screen", [None, "int4"])
+def test_choices_are_the_first_largest_logits(screen: str | None, structure: str) -> None:
+    ids = torch.randint(0, VOCAB, (9,))
+    head = torch.randn(VOCAB, 64) if structure == "random" else torch.randn(3, 64).repeat(-(-VOCAB // 3), 1)[:VOCAB]
+    target = NativeTarget(with_head(tiny(), torch.ones(VOCAB, 64) if structure == "all equal" else head),
+                          format="bf16", head_format="bf16", screen_head=screen)  # fmt: skip
+    for asked in (1, 2, None):
+        target.reset()
+        target.ask_best(asked)
+        step = target.extend(ids)
+        assert (step.choices is None) == (asked != 1)
+        if step.choices is not None:
+            assert step.choices.tolist() == step.logits.argmax(dim=-1).tolist()
+
+
 def test_a_head_without_structure_is_read_whole_after_a_few_steps() -> None:
     ids = torch.randint(0, VOCAB, (8,)).tolist()
     model = with_head(tiny(), torch.ones(VOCAB, 64))

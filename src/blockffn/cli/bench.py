@@ -46,7 +46,9 @@ def decode(
     free_draft: Annotated[
         bool, typer.Option("--free-draft", help="A simulated draft takes no time; default: that of a real head.")
     ] = False,
-    tree: Annotated[int, typer.Option(help="Draft tokens of the fixed tree.")] = 7,
+    tree: Annotated[
+        str, typer.Option(metavar="[N|chain:N]", help="Draft tokens of the fixed tree; chain:N: without branches.")
+    ] = "7",
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts like Spec-Bench's question.jsonl; default: a few of our own.")
     ] = None,
@@ -89,7 +91,7 @@ def decode(
     same = draft if draft in (None, "none", "ngram", "auto") or str(draft).startswith("oracle:") else "none"
     settings = BenchSettings(
         draft=_draft(path, draft), dense_draft=None if dense is None else _draft(dense, dense_draft or same),
-        priced=not free_draft, tree=tree,
+        priced=not free_draft, tree=int(tree) if tree.isdecimal() else tree,
         backend=backend, precision=precision, screen_head=screen_head, device=device, max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens, rounds=rounds, peers=_words(peers),
     )  # fmt: skip

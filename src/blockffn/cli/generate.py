@@ -65,7 +65,11 @@ def generate(
         ),
     ] = None,
     tree: Annotated[
-        str, typer.Option(metavar="[auto|N]", help="Draft tokens a step. auto: as many as pay; it measures that first.")
+        str,
+        typer.Option(
+            metavar="[auto|N|chain:N]",
+            help="Draft tokens a step. auto: as many as pay; it measures that first. chain:N: without branches.",
+        ),
     ] = "auto",
     check_lossless: Annotated[
         bool, typer.Option("--check-lossless", help="Decode without drafts as well; exit code 1 if the tokens differ.")
@@ -102,8 +106,8 @@ def generate(
     from blockffn.ops.native import MAX_BEST
 
     check_json(json_path)
-    if tree != "auto" and not tree.isdecimal():
-        raise ValueError(f"--tree must be auto or a number of draft tokens, got {tree!r}")
+    if tree != "auto" and not tree.removeprefix("chain:").isdecimal():
+        raise ValueError(f"--tree must be auto, a number of draft tokens or chain:N, got {tree!r}")
     if speculative is None and (tree != "auto" or check_lossless):
         raise ValueError("--tree and --check-lossless go with --speculative")
     if screen_head is not None and (repetition_penalty != 1 or (temperature > 0 and not 0 < top_k <= MAX_BEST)):
@@ -120,7 +124,7 @@ def generate(
     with doing(errors, "packing the weights"):
         target = make_target(model, backend=backend, precision=precision, screen_head=screen_head)
     with doing(errors, "loading the draft and measuring what it costs" if draft is not None else "getting ready"):
-        engine = Engine(model, tokenizer, target=target, draft=draft, tree=tree if tree == "auto" else int(tree))
+        engine = Engine(model, tokenizer, target=target, draft=draft, tree=int(tree) if tree.isdecimal() else tree)
     if draft is not None:
         source = "n-grams of the text" if draft == "ngram" else str(draft)
         alone = f"; {path} has no folder draft" if speculative == "auto" and draft == "ngram" else ""

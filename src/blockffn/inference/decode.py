@@ -133,8 +133,11 @@ def decode(
         if on_logits is not None:
             on_logits(step.logits[-1])
         with recorder.time("sampling"):
-            occurred = torch.tensor(request.tokens) if settings.repetition_penalty != 1 else None
-            token = choose(step.logits[-1], occurred, settings, generator)
+            if step.choices is not None and settings.temperature == 0:
+                token = int(step.choices[-1])
+            else:
+                occurred = torch.tensor(request.tokens) if settings.repetition_penalty != 1 else None
+                token = choose(step.logits[-1], occurred, settings, generator)
         request.take([token])
         yield [token]
         if request.finish_reason is not None:

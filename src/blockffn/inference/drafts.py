@@ -26,6 +26,8 @@ from blockffn.models.draft import DraftModel
 
 Draft = str | Path | DraftModel | Drafter
 LARGEST, DEEPEST = 63, 16  # draft tokens of a tree, and levels
+BRANCHES = 8  # of a node
+CHAIN = "chain:"
 LARGEST_BY_COST = 31  # what `auto` drafts, to cut it: with the token before them a power of two
 
 
@@ -62,19 +64,17 @@ def make_speculation(
 
     Args:
         draft: `ngram`; the folder of a trained draft or of a smaller model with the same tokens; or what they hold.
-        tree: draft tokens per step, or `auto`: as many as pay, by a short measurement of the target now and by what is
-            accepted later.
+        tree: draft tokens per step; `chain:N`: so many without branches, which a native draft runs in one call; or
+            `auto`: as many as pay, by a short measurement of the target now and by what is accepted later.
 
     Raises:
-        ValueError: there is no draft in the folder, it is another model's, or `tree` is neither `auto` nor 1 to 63.
+        ValueError: there is no draft in the folder, it is another model's, or `tree` is none of these.
     """
-    automatic = tree == "auto"
-    if not automatic and (isinstance(tree, (str, bool)) or not 1 <= tree <= LARGEST):
-        raise ValueError(f"tree must be 'auto' or a number of draft tokens from 1 to {LARGEST}, got {tree!r}")
-    drafter = make_drafter(model, draft, size=LARGEST_BY_COST if automatic else int(tree), target=target)
-    if not automatic:
-        return Speculation(drafter, most=Budget(nodes=int(tree), depth=DEEPEST))
-    most = Budget(nodes=LARGEST_BY_COST, depth=DEEPEST)
+    size, branches = tree_shape(tree)
+    drafter = make_drafter(model, draft, size=size, branches=branches, target=target)
+    if tree != "auto":
+        return Speculation(drafter, most=Budget(nodes=size, depth=DEEPEST))
+    most = Budget(nodes=size, depth=DEEPEST)
     config = model.config
     sparse_layers = 0 if config.ffn_type == "dense" else config.num_hidden_layers - config.first_k_dense_replace
     shaper = CostAwareShaper(
@@ -86,8 +86,27 @@ def make_speculation(
     return Speculation(drafter, shaper, most)
 
 
+def tree_shape(tree: str | int) -> tuple[int, int]:
+    """Draft tokens and branches of a node that `tree` asks for.
+
+    Raises:
+        ValueError: it is neither `auto`, nor 1 to 63, nor `chain:1` to `chain:16`.
+    """
+    if tree == "auto":
+        return LARGEST_BY_COST, BRANCHES
+    is_chain = isinstance(tree, str) and tree.startswith(CHAIN)
+    number = str(tree).removeprefix(CHAIN) if is_chain or isinstance(tree, int) else ""
+    most = DEEPEST if is_chain else LARGEST
+    if isinstance(tree, bool) or not number.isdecimal() or not 1 <= int(number) <= most:
+        raise ValueError(
+            f"tree must be 'auto' or a number of draft tokens from 1 to {LARGEST}, got {tree!r}; or 'chain:N' for 1 to "
+            f"{DEEPEST} without branches"
+        )
+    return int(number), 1 if is_chain else BRANCHES
+
+
 def make_drafter(
-    model: BlockFFNForCausalLM, draft: Draft, *, size: int, branches: int = 8, target: Target | None = None
+    model: BlockFFNForCausalLM, draft: Draft, *, size: int, branches: int = BRANCHES, target: Target | None = None
 ) -> Drafter:
     """The drafter behind `draft`, with trees of `size` nodes; one branch makes chains. Errors as above.
 

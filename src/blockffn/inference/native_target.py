@@ -68,6 +68,7 @@ class NativeTarget:
         self._model = self.weights.description
         self._workspace = native.empty_huge(native.function("step_workspace")(self._model))
         self._length = 0
+        self._chooses = False
         self._pending: Pending | None = None
 
     @property
@@ -91,6 +92,7 @@ class NativeTarget:
     def ask_best(self, count: int | None) -> None:
         """Until the next reset, steps need so many of the largest logits, `None`: all. With a screened head others may
         be -inf; those that equal the least of the asked are there."""
+        self._chooses = count == 1
         if self._screening is not None:
             self._screening.ask(count)
 
@@ -147,6 +149,7 @@ class NativeTarget:
         logits = torch.empty(num_logits, self._padded_vocab)
         pieces, shares = [], []
         strips = torch.zeros(1, dtype=torch.int64)
+        choices = torch.empty(num_logits, dtype=torch.int64) if self._chooses else None
         for begin in range(0, count, native.MAX_STEP):
             size = min(native.MAX_STEP, count - begin)
             first_logit = max(begin - (count - num_logits), 0)
@@ -164,6 +167,7 @@ class NativeTarget:
                 hidden=hidden.data_ptr() + 4 * begin * self._hidden_size,
                 logits=logits.data_ptr() + 4 * first_logit * self._padded_vocab,
                 num_exact=num_exact,
+                choices=None if choices is None else choices.data_ptr() + 8 * first_logit,
                 num_strips=strips.data_ptr(),
                 num_union=union.data_ptr(),
                 num_active=active.data_ptr(),
@@ -178,7 +182,8 @@ class NativeTarget:
             pieces.append((union, active, marks))
             shares.append(int(strips) * 32 / self._padded_vocab)
         head_share = None if self._screening is None else sum(shares) / len(shares)
-        return Step(logits[:, : self.vocab_size], hidden.to(self._dtype), *self._counts(pieces), head_share)
+        counts = self._counts(pieces)
+        return Step(logits[:, : self.vocab_size], hidden.to(self._dtype), *counts, head_share, choices)
 
     def _counts(self, pieces: list[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Tensor | None, Tensor | None]:
         """`union` and `active` of a `Step`."""

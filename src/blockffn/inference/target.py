@@ -66,6 +66,8 @@ class Step:
         hidden: `[T, D]`, final hidden states after the last norm: what the head's input is made of.
         union: `[L]` int64, experts that the tokens activate together, per layer with experts; `None` for dense models.
         active: `[L, T]` int64, experts active per token; `None` for dense models.
+        choices: `[T]` int64, the first token with the largest logit behind each, where the target was asked for the
+            best one alone (`ask_best`) and knows it; `None`: see `logits`.
         head_share: share of the head that was read as it is stored; `None`: the target always reads it whole.
     """
 
@@ -74,6 +76,7 @@ class Step:
     union: Tensor | None = None
     active: Tensor | None = None
     head_share: float | None = None
+    choices: Tensor | None = None
 
 
 def prefill(target: Target, tokens: Tensor) -> Step:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-API_VERSION = 4
+API_VERSION = 5
 LIBRARY = Path(__file__).with_name("_native.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 FORMATS = {"f32": 0, "bf16": 1, "int8": 2, "int4": 3}
@@ -132,6 +132,7 @@ class Step(Structure):
         ("hidden", c_void_p),
         ("logits", c_void_p),
         ("num_exact", c_int64),
+        ("choices", c_void_p),
         ("num_strips", c_void_p),
         ("num_best", c_int64),
         ("best", c_void_p),
@@ -154,6 +155,10 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, *_TOKENS, *_WEIGHTS, c_void_p),
     ),
     "blockffn_decode_step": (c_int32, (POINTER(Model), POINTER(Step))),
+    "blockffn_draft_chain": (
+        c_int32,
+        (POINTER(Model), POINTER(Step), c_int64, c_float, c_void_p, c_void_p, c_void_p, POINTER(c_int64)),
+    ),
     "blockffn_cache_bytes": (c_int64, (POINTER(Model),)),
     "blockffn_step_workspace": (c_int64, (POINTER(Model),)),
     "blockffn_move_positions": (None, (POINTER(Model), c_void_p, c_int64, c_int64)),

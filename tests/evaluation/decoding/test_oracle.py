@@ -139,6 +139,36 @@ def test_what_is_priced_runs_on_the_levels_of_the_oracles_tree() -> None:
         assert sum(calls) >= len(set(tree.parent_list))
 
 
+@pytest.mark.parametrize("least", [0.0, 0.4])
+def test_a_chain_in_one_call_is_that_of_its_levels_and_as_long_for_the_real_draft(least: float) -> None:
+    class Network:
+        def __init__(self) -> None:
+            self.counts: list[int] = []
+
+        def __call__(self, tree: DraftTree, nodes: list[int]) -> torch.Tensor:
+            raise AssertionError("a chain is asked for at once")
+
+        def chain(self, count: int, least: float) -> tuple[torch.Tensor, torch.Tensor]:
+            self.counts.append(count)
+            return torch.zeros(count, dtype=torch.int64), torch.zeros(count)
+
+    oracle = OracleDrafter(0.6, vocab_size=50, growth=BestNodes(top_k=1, depth=5, size=5))
+    oracle.learn([1, 2], list(range(3, 40)))
+    oracle.start(torch.tensor([1, 2]))
+    for length in range(2, 30):
+        context, network, levels = torch.arange(1, length + 1), Network(), []
+        ours = oracle.propose(context, Budget(9, 9, least), beside=network)
+
+        def level(tree: DraftTree, nodes: list[int], levels: list[int] = levels) -> torch.Tensor:
+            levels.append(len(nodes))
+            return torch.zeros(len(nodes), 8)
+
+        theirs = oracle.propose(context, Budget(9, 9, least), beside=level)
+        assert (ours.tokens.tolist(), ours.parent_list) == (theirs.tokens.tolist(), theirs.parent_list)
+        torch.testing.assert_close(ours.log_probs, theirs.log_probs)
+        assert network.counts == [len(levels)]
+
+
 def test_an_unknown_prompt_gets_trees_that_are_wrong() -> None:
     drafter, _ = oracle(0.9)
     drafter.start(torch.tensor([1, 2]))

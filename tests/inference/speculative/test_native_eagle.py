@@ -162,8 +162,24 @@ def test_its_precision_is_the_targets() -> None:
     drafter = trained_drafter(a_draft(model), model, NativeTarget(model, format="int4"))
     assert isinstance(drafter, NativeEagleDrafter)
     description = drafter.draft.description
-    assert (description.fusion.format, description.head.format) == (native.FORMATS["int4"], native.FORMATS["int8"])
+    assert (description.fusion.format, description.head.format) == (native.FORMATS["int4"], native.FORMATS["int4"])
     assert description.cache_format == native.FORMATS["bf16"]
+
+
+@pytest.mark.parametrize("least", [0.0, 0.3, 1.0])
+def test_a_chain_in_one_call_is_that_of_its_levels(least: float) -> None:
+    torch.manual_seed(6)
+    model = a_model()
+    ours, theirs = both(a_draft(model, token_ids=REDUCED), model, BestNodes(top_k=1, depth=6, size=6))
+    tokens, hidden = torch.randint(0, 333, (90,)), torch.randn(89, 64)
+    found = []
+    for drafter in (ours, theirs):
+        drafter.start(tokens[:89])
+        drafter.observe(tokens[:89], hidden)
+        found.append(drafter.propose(tokens, Budget(nodes=5, depth=9, least=least)))
+    assert_same_trees(*found)
+    assert found[0].parent_list == list(range(-1, len(found[0]) - 1))
+    assert ours.draft.runs == 1 + len(found[0])  # the context takes two steps
 
 
 def test_misuse_is_refused() -> None:
@@ -180,6 +196,10 @@ def test_misuse_is_refused() -> None:
         arguments: dict[str, Any] = {"tokens": torch.tensor([1]), "length": 0, "num_logits": 1} | wrong
         with pytest.raises(ValueError, match="cannot run 1 tokens"):
             network.run(arguments.pop("tokens"), states, **arguments)
+    for count, length in ((0, 0), (6, 79)):
+        with pytest.raises(ValueError, match=f"behind {length} and {count} drafts"):
+            network.run_chain(torch.tensor([1]), states, length=length, count=count)
+    assert len(network.run_chain(torch.tensor([1]), states, length=79, count=5)[0]) == 5
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -196,7 +216,8 @@ def test_native_speculation_says_what_plain_decoding_says(seed: int) -> None:
     )  # fmt: skip
     # No room beyond the text: trees shrink at its end.
     target = NativeTarget(model, capacity=len(prompt) + settings.max_new_tokens - 1 + rng.choice([0, 9]))
-    speculation = Speculation(make_drafter(model, draft, size=rng.choice([1, 6, 31, 63]), target=target))
+    size, branches = rng.choice([1, 6, 31, 63]), rng.choice([8, 8, 1])
+    speculation = Speculation(make_drafter(model, draft, size=size, branches=branches, target=target))
     plain = generate(target, prompt, settings)
     for _ in range(2):
         decoded = speculative_generate(target, speculation, prompt, settings)

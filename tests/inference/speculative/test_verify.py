@@ -25,29 +25,25 @@ def logits_for(tree: DraftTree, root: int = 0) -> Tensor:
     return TARGET.log()[tree.behind(root)[0]]
 
 
-def one_hot(choices: list[int]) -> Tensor:
-    return torch.nn.functional.one_hot(torch.tensor(choices), 10).float()
-
-
 def test_the_longest_right_path_wins_and_the_target_adds_its_own() -> None:
     tree = DraftTree(torch.tensor([3, 4, 5, 6, 9]), torch.tensor([-1, -1, 1, 2, 0]), torch.zeros(5))
-    verdict = verify_greedy(tree, one_hot([4, 9, 5, 6, 7, 0]))
+    verdict = verify_greedy(tree, torch.tensor([4, 9, 5, 6, 7, 0]))
     assert verdict.path == [1, 2, 3]
     assert verdict.bonus == 7
 
 
 def test_a_right_token_below_a_wrong_one_does_not_count() -> None:
-    verdict = verify_greedy(chain([1, 2]), one_hot([5, 2, 3]))
+    verdict = verify_greedy(chain([1, 2]), torch.tensor([5, 2, 3]))
     assert (verdict.path, verdict.bonus) == ([], 5)
 
 
 def test_without_a_tree_the_target_speaks_alone() -> None:
-    assert verify_greedy(no_tree(), one_hot([6])).bonus == 6
+    assert verify_greedy(no_tree(), torch.tensor([6])).bonus == 6
 
 
 def test_of_equal_siblings_the_one_that_goes_on_wins() -> None:
     tree = DraftTree(torch.tensor([4, 4, 5]), torch.tensor([-1, -1, 1]), torch.zeros(3))
-    assert verify_greedy(tree, one_hot([4, 5, 5, 8])).path == [1, 2]
+    assert verify_greedy(tree, torch.tensor([4, 5, 5, 8])).path == [1, 2]
 
 
 def test_a_tree_without_chance_gives_the_tokens_of_plain_sampling_with_the_same_seed() -> None:

@@ -22,7 +22,7 @@ from blockffn.evaluation.decoding.rounds import Check, WayResult, check_way, tim
 from blockffn.evaluation.decoding.ways import Decoder, Way
 from blockffn.evaluation.machine import describe_machine
 from blockffn.inference.backends import make_target
-from blockffn.inference.drafts import check_draft, resolve_draft
+from blockffn.inference.drafts import check_draft, resolve_draft, tree_shape
 from blockffn.metrics.cost import parameter_counts
 from blockffn.ops.device import choose_device
 
@@ -38,7 +38,7 @@ class BenchSettings:
         draft, dense_draft: `ngram`, a folder of a trained draft, `auto` (the folder beside the model, or else `ngram`),
             `oracle:RATE`, or `None`.
         priced: a simulated draft takes the time of a real head of random weights.
-        tree: draft tokens of the fixed tree.
+        tree: draft tokens of the fixed tree, or `chain:N`.
         backend, precision: see `backends.make_target`.
         screen_head: see `backends.make_target`.
         max_prompt_tokens: a longer prompt loses its beginning.
@@ -49,7 +49,7 @@ class BenchSettings:
     draft: str | None = None
     dense_draft: str | None = None
     priced: bool = True
-    tree: int = 7
+    tree: int | str = 7
     backend: str = "auto"
     precision: str = "auto"
     screen_head: str | None = None
@@ -61,9 +61,12 @@ class BenchSettings:
 
     def __post_init__(self) -> None:
         # The prompt gives the first new token, so one alone takes no time of its own.
-        for name, least in (("tree", 1), ("max_new_tokens", 2), ("max_prompt_tokens", 1), ("rounds", 1)):
+        for name, least in (("max_new_tokens", 2), ("max_prompt_tokens", 1), ("rounds", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.tree == "auto":
+            raise ValueError("tree is that of the fixed tree: draft tokens or chain:N, got 'auto'")
+        tree_shape(self.tree)
         check_peers(self.peers)
         for draft in (self.draft, self.dense_draft):
             if draft is not None and draft.startswith(ORACLE):

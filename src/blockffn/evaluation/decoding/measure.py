@@ -19,7 +19,7 @@ from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.growth import Budget
 from blockffn.inference.speculative.tree import DraftTree, no_tree
 from blockffn.inference.speculative.verify import Verdict
-from blockffn.inference.statistics import GenerationStatistics, stored_bits_per_weight
+from blockffn.inference.statistics import GenerationStatistics, bits_per_weight
 from blockffn.inference.target import Step, Target
 from blockffn.metrics.cost import weight_bytes_per_token
 from blockffn.models.causal_lm import BlockFFNForCausalLM
@@ -147,7 +147,7 @@ def measure_target(
 
 def _bytes(model: BlockFFNForCausalLM, target: Target, measured: GenerationStatistics) -> float:
     """Of weights that a step of one token reads, as `target` holds them."""
-    bits = getattr(target, "bits_per_weight", None) or stored_bits_per_weight(model, model.config)
+    bits = bits_per_weight(model, model.config, target)
     experts = measured.active_experts
     tls = None if experts is None else 100 * (1 - experts / model.config.num_experts)
     return weight_bytes_per_token(model.config, bits_per_weight=bits, tls_percent=tls)

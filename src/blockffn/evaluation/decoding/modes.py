@@ -10,14 +10,14 @@ from blockffn.evaluation.decoding.oracle import OracleDrafter, PricedDrafter, ra
 from blockffn.evaluation.decoding.prompts import EncodedPrompt
 from blockffn.evaluation.decoding.ways import Decoder, greedy
 from blockffn.inference.decode import generate
-from blockffn.inference.drafts import LARGEST_BY_COST, Draft, make_speculation, trained_drafter
+from blockffn.inference.drafts import Draft, make_speculation, trained_drafter, tree_shape
 from blockffn.inference.speculative.growth import BestNodes
 from blockffn.inference.target import Target
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 
 ORACLE = "oracle:"
 PLAIN, FIXED, BY_COST = "plain", "fixed tree", "tree by cost"
-DEEPEST, MOST_CHILDREN = 5, 8  # of a simulated draft's trees, as `make_drafter` has them for a head
+DEEPEST = 5  # of a simulated draft's trees, as `make_drafter` has them for a head
 
 
 @dataclass
@@ -47,17 +47,17 @@ class Subject:
         return Decoder(f"{self.label}, {PLAIN}", self.target)
 
     def speculating(self, *, tree: str | int) -> Decoder:
-        """With a tree of so many draft tokens, or `auto`: as many as pay."""
+        """With a tree of so many draft tokens, `chain:N`, or `auto`: as many as pay."""
         assert self.draft is not None
-        size = LARGEST_BY_COST if tree == "auto" else int(tree)
-        draft = self._oracle(size) if self.draft.startswith(ORACLE) else _name(self.draft)
+        draft = self._oracle(*tree_shape(tree)) if self.draft.startswith(ORACLE) else _name(self.draft)
         speculation = make_speculation(self.model, self.target, draft, tree=tree)
         kind = BY_COST if tree == "auto" else f"{FIXED} {tree}"
         return Decoder(f"{self.label}, {kind}", self.target, speculation)
 
-    def _oracle(self, size: int) -> Draft:
+    def _oracle(self, size: int, branches: int) -> Draft:
         assert self.draft is not None
-        growth = BestNodes(top_k=min(size, MOST_CHILDREN), depth=min(size, DEEPEST), size=size)
+        depth = size if branches == 1 else min(size, DEEPEST)
+        growth = BestNodes(top_k=min(size, branches), depth=depth, size=size)
         oracle = OracleDrafter(
             *oracle_rates(self.draft), vocab_size=self.model.config.vocab_size, growth=growth, seed=self.seed
         )

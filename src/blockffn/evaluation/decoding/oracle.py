@@ -10,6 +10,7 @@ first choice is right in 80 of 100 cases. A further choice is right with half of
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class _Position:
     """What the draft says at a position of the text: log-probabilities of its choices, and which of them is right."""
 
     log_probs: Tensor
+    first: tuple[int, float]  # the one that a tree takes first, and its log-probability; several may be equal
     right: int  # BRANCHES or more: none
 
 
@@ -82,17 +84,12 @@ class OracleDrafter:
 
         top_k = min(self.growth.top_k, BRANCHES)
 
-        def expand(tree: DraftTree, nodes: list[int]) -> Tensor:
-            if beside is not None:
-                top_children(beside, tree, nodes, top_k)
-            return torch.stack([self._position(length, tree, node).log_probs for node in nodes])
-
+        expand = _Levels(self, length, top_k, beside)
         ranks = grow(expand, top_k=top_k, depth=depth, size=size, least=budget.least)
         return DraftTree(self._tokens(ranks, length), ranks.parents, ranks.log_probs)
 
-    def _position(self, length: int, tree: DraftTree, node: int) -> _Position:
-        """Of the children of a node. What follows a wrong token is as easy as what follows the right one."""
-        place = length + (0 if node == ROOT else int(tree.depth[node]))
+    def position(self, place: int) -> _Position:
+        """Of the token at a place of the text. What follows a wrong token is as easy as what follows the right one."""
         if place not in self._positions:
             rng = random.Random(f"{self._seed} {place} {self._text[place - 1 : place + 1]}")
             rate = self.rates[place // PASSAGE % len(self.rates)]
@@ -105,7 +102,10 @@ class OracleDrafter:
             while right < BRANCHES and luck >= shares[right]:
                 luck -= shares[right]
                 right += 1
-            self._positions[place] = _Position(torch.tensor(shares).log(), right)
+            log_probs = torch.tensor(shares).log()
+            best = log_probs.topk(1)
+            first_choice = (int(best.indices), float(best.values))
+            self._positions[place] = _Position(log_probs, first_choice, right)
         return self._positions[place]
 
     def _tokens(self, ranks: DraftTree, length: int) -> Tensor:
@@ -123,6 +123,39 @@ class OracleDrafter:
             wrong = random.Random(f"{self._seed} {place} {node} {chosen[node]}").randrange(self._vocab_size - 1)
             tokens.append(wrong if right is None or wrong < right else wrong + 1)
         return torch.tensor(tokens, dtype=torch.int64)
+
+
+class _Levels:
+    """What the oracle says behind nodes, as `grow` asks for it; a real draft is asked beside it, for its time.
+
+    A chain is as short a work here as it is for a draft that runs it in one call: its time would count as the draft's.
+    """
+
+    def __init__(self, oracle: OracleDrafter, length: int, top_k: int, beside: Expand | None) -> None:
+        self._oracle, self._length, self._top_k, self._beside = oracle, length, top_k, beside
+        self._runs_chains: bool = beside is None or hasattr(beside, "chain")
+
+    def __call__(self, tree: DraftTree, nodes: list[int]) -> Tensor:
+        if self._beside is not None:
+            top_children(self._beside, tree, nodes, self._top_k)
+        depths = [0 if node == ROOT else int(tree.depth[node]) for node in nodes]
+        return torch.stack([self._oracle.position(self._length + depth).log_probs for depth in depths])
+
+    @property
+    def chain(self) -> Callable[[int, float], tuple[Tensor, Tensor]] | None:
+        """See `Expand`."""
+        return self._run_chain if self._runs_chains else None
+
+    def _run_chain(self, count: int, least: float) -> tuple[Tensor, Tensor]:
+        choices: list[int] = []
+        values: list[float] = []
+        while len(values) < count and sum(values) >= least:
+            choice, value = self._oracle.position(self._length + len(values)).first
+            choices.append(choice)
+            values.append(value)
+        if self._beside is not None:
+            self._beside.chain(len(values), -math.inf)  # type: ignore[attr-defined]
+        return torch.tensor(choices), torch.tensor(values)
 
 
 class PricedDrafter:

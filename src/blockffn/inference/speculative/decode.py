@@ -95,7 +95,9 @@ def speculate(target: Target, speculation: Speculation, request: Request) -> Ite
         with recorder.time("decode"):
             step = target.extend(tokens, parents)
         with recorder.time("sampling"):
-            verdict = verify(tree, step.logits, request.settings, context=context, generator=generator)
+            verdict = verify(
+                tree, step.logits, request.settings, context=context, generator=generator, choices=step.choices
+            )
             block = [*tree.tokens[verdict.path].tolist(), verdict.bonus]
             taken = request.take(block)
             kept = torch.tensor([0, *(node + 1 for node in verdict.path)])[:taken]

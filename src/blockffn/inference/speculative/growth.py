@@ -13,13 +13,17 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
+from blockffn.inference.speculative.tree import ROOT, DraftTree, chain, no_tree
 
 Expand = Callable[[DraftTree, list[int]], Tensor]
 """Given the tree so far and nodes of it (or -1), their children's log-probabilities `[K, V']` (float32).
 
 One that can name the most probable children without writing all probabilities has a method `best(tree, nodes, top_k)`
 for it, which gives their log-probabilities and indices `[K, top_k]`, the most probable first, and is called instead.
+
+One that can run a whole chain at once has a method `chain(count, least)`: indices and log-probabilities of up to
+`count` tokens behind the root, each the most probable behind the one before; fewer where the path's log-probability has
+fallen below `least`, or where there is none. It is called instead where a tree may have no branches.
 """
 
 
@@ -109,6 +113,10 @@ def grow(
     tree = no_tree()
     level = [ROOT]
     floor = math.log(least) if least > 0 else -math.inf
+    run_chain = getattr(expand, "chain", None) if top_k == 1 and min(depth, size) > 0 else None
+    if run_chain is not None:
+        indices, log_probs = run_chain(min(depth, size), floor)
+        return chain(indices if token_ids is None else token_ids[indices], log_probs)
     for _ in range(depth if size > 0 else 0):
         values, indices = (t.cpu() for t in top_children(expand, tree, level, top_k))
         keep = values.flatten().isfinite()

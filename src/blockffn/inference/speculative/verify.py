@@ -24,34 +24,36 @@ class Verdict:
 
 
 def verify(
-    tree: DraftTree, logits: Tensor, settings: SamplingSettings, *, context: Tensor, generator: torch.Generator
-) -> Verdict:
+    tree: DraftTree, logits: Tensor, settings: SamplingSettings, *, context: Tensor, generator: torch.Generator,
+    choices: Tensor | None = None,
+) -> Verdict:  # fmt: skip
     """Accept what plain decoding with these settings would say, or draw as it would draw.
 
     Args:
         logits: `[N + 1, V]`; row 0 is the root's, row `i + 1` node `i`'s.
         context: tokens `[N]` up to the root.
         generator: on the device of the logits.
+        choices: `[N + 1]` the tokens with the largest logits, where they are known.
     """
     if settings.temperature == 0 and settings.repetition_penalty == 1:
-        return verify_greedy(tree, logits)
+        return verify_greedy(tree, logits.argmax(dim=-1) if choices is None else choices)
     return verify_sampling(tree, logits, settings, context=context, generator=generator)
 
 
-def verify_greedy(tree: DraftTree, logits: Tensor) -> Verdict:
+def verify_greedy(tree: DraftTree, choices: Tensor) -> Verdict:
     """The longest path on which every token is the target's first choice behind its parent.
 
     Args:
-        logits: `[N + 1, V]`; row 0 is the root's, row `i + 1` node `i`'s.
+        choices: `[N + 1]` the target's first choices; the first is the root's, entry `i + 1` node `i`'s.
     """
-    choices = logits.argmax(dim=-1).tolist()
+    chosen = choices.tolist()
     tokens = tree.tokens.tolist()
     length: dict[int, int] = {ROOT: 0}
     for node, parent in enumerate(tree.parent_list):
-        if parent in length and tokens[node] == choices[parent + 1]:
+        if parent in length and tokens[node] == chosen[parent + 1]:
             length[node] = length[parent] + 1
     last = max(length, key=lambda node: length[node])
-    return Verdict(tree.path(last), choices[last + 1])
+    return Verdict(tree.path(last), chosen[last + 1])
 
 
 def verify_sampling(

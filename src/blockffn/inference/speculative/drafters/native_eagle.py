@@ -67,6 +67,18 @@ class _Levels:
         """See `Expand`."""
         return self._run(tree, nodes, num_best=top_k)
 
+    def chain(self, count: int, least: float) -> tuple[Tensor, Tensor]:
+        """See `Expand`."""
+        for tokens, states in self._pieces()[:-1]:
+            self._draft.run(tokens, states, length=self._length)
+            self._length += len(tokens)
+        tokens, states = self._pieces()[-1]
+        return self._draft.run_chain(tokens, states, length=self._length, count=count, least=least)
+
+    def _pieces(self) -> list[tuple[Tensor, Tensor]]:
+        """What the target has said since, as much as a step takes at a time."""
+        return list(zip(self._tokens.split(MAX_STEP), self._states.split(MAX_STEP)))
+
     def _run(self, tree: DraftTree, nodes: list[int], *, num_best: int) -> tuple[Tensor, Tensor]:
         if nodes == [ROOT]:
             return self._catch_up(num_best)
@@ -81,7 +93,7 @@ class _Levels:
         return values, indices
 
     def _catch_up(self, num_best: int) -> tuple[Tensor, Tensor]:
-        pieces = list(zip(self._tokens.split(MAX_STEP), self._states.split(MAX_STEP)))
+        pieces = self._pieces()
         for i, (tokens, states) in enumerate(pieces, start=1):
             last = i == len(pieces)
             outputs, values, indices = self._draft.run(
