@@ -2,13 +2,16 @@
 
     python benchmarks/synthetic_checkpoint.py --size 0.8b --out /tmp/synthetic-0.8b
     python benchmarks/synthetic_checkpoint.py --size 0.8b --method dense --out /tmp/synthetic-0.8b-dense
+    python benchmarks/synthetic_checkpoint.py --size smollm2-135m --tls 65 --cls8 45 --out /tmp/synthetic-smollm2
 
 For timing decoders where no trained model of that size is at hand. What such a model says means nothing; what it costs
 is what a trained one of equal sparsity would cost. Weights are made, calibrated on a text and written layer by layer,
-in bf16. The dense twin has as many parameters, random ones, and says the same.
+in bf16. The dense twin has as many parameters, random ones, and says the same. `smollm2-135m` is the shape of what
+`blockffn convert --from-dense` makes of that model: 24 gated experts, or the dense FFN that they came from.
 
 So that greedy decoding does not fall into a loop, which would use few experts, the head continues each token with the
-one that first occurs after it in the text. Embedding and head are never tied, for the same reason; the 3B's are.
+one that first occurs after it in the text. Embedding and head are never tied, for the same reason; those of the 3B and
+of SmolLM2 are.
 """
 
 from __future__ import annotations
@@ -35,12 +38,21 @@ from blockffn.models.attention import Attention, GroupedQueryAttention, LatentAt
 from blockffn.models.causal_lm import DecoderLayer
 from blockffn.models.moe import BlockFFN
 from blockffn.models.rotary import RotaryEmbedding
-from blockffn.presets import SIZES, preset_config
+from blockffn.presets import METHODS, SIZES, preset_config
 
 # Chunk-level sparsity of eight tokens that the paper reports (table 2); token-level sparsity is 84 % unless asked
 # otherwise. The 3B's is estimated from its 30.9 % of experts for a tree of 32 tokens (table 11).
 PAPER_CLS8 = {"0.1b": 71.4, "0.5b": 75.9, "0.8b": 73.8, "1.2b": 72.8, "3b": 77.0}
 DEFAULT_TLS, DEFAULT_CLS8 = 84.0, 73.0
+# Dense models of others, with the experts that `blockffn convert --from-dense --num-experts 24` groups their FFNs into.
+CONVERTED: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "num_hidden_layers": 30, "hidden_size": 576, "attention_type": "gqa", "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "intermediate_size": 1536, "num_experts": 24,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 64, "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+    },
+}  # fmt: skip
 COMMON = 0.3  # of the variance of embeddings: what all tokens share
 FIRST_ATTENTION, ATTENTION, EXPERTS = 1.5, 0.3, 0.15  # size of a branch, of that of the states' own part
 VALUE_RANK = 16  # directions of a state that attention averages
@@ -64,6 +76,14 @@ class Sample:
     text: int
     held_out: int
     successor: Tensor
+
+
+def config_of(size: str, method: str, *, context: int) -> BlockFFNConfig:
+    """The configuration of a published size, or of a dense model's shape, `blockffn` or `dense`."""
+    if size not in CONVERTED:
+        return preset_config(size, method, max_position_embeddings=context)
+    experts = {"expert_gated": True} if method == "blockffn" else {}
+    return BlockFFNConfig(**CONVERTED[size], **METHODS[method], **experts, max_position_embeddings=context)
 
 
 def make_sample(ids: Tensor, vocab_size: int, *, rows: int, length: int, generator: torch.Generator) -> Sample:
@@ -322,7 +342,7 @@ def _line(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="0.8b", choices=list(SIZES))
+    parser.add_argument("--size", default="0.8b", choices=[*SIZES, *CONVERTED])
     parser.add_argument("--method", default="blockffn", choices=("blockffn", "dense"))
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--tls", type=float, default=DEFAULT_TLS, help="percent")
@@ -336,7 +356,7 @@ def main() -> None:
         parser.error(f"{options.out} exists")
     begin = time.perf_counter()
     text = sample_text(options.text)
-    config = preset_config(options.size, options.method, max_position_embeddings=options.context)
+    config = config_of(options.size, options.method, context=options.context)
     if options.tokenizer:
         tokenizer = load_tokenizer(options.tokenizer)
     else:

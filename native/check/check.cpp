@@ -137,18 +137,20 @@ int main() {
                        reinterpret_cast<void*>(omp_get_max_threads));
   printf("kernels: %s, threads: %d\n", blockffn_isa(), omp_get_max_threads());
   for (int format = 0; format <= 4; ++format) {
-    for (int64_t T : {1, 2, 5, 7, 13}) check_ffn(format, T, 6, 40, 72, 0.5f, T == 2);
+    for (int64_t T : {1, 2, 5, 7, 13})
+      for (bool gated : {false, true}) check_ffn(format, T, 6, 40, 72, 0.5f, gated);
     check_ffn(format, 3, 4, 128, 192, 0.0f, false);  // nothing is active
     check_ffn(format, 3, 3, 8, 40, 1.0f, true);      // everything is
     check_ffn(format, 0, 3, 8, 40, 1.0f, false);     // no token
     if (format == 4) continue;
     for (int64_t T : {1, 9}) check_linear(format, T, 70, 100);
-    for (bool is_latent : {false, true}) {
-      const int differing = StepCheck(format, is_latent).run();
-      failures += differing != 0;
-      printf("%-5s step %-10s format %d: %d values differ\n", differing ? "WRONG" : "ok", is_latent ? "latent" : "grouped",
-             format, differing);
-    }
+    for (bool is_latent : {false, true})
+      for (bool is_gated : {false, true}) {
+        const int differing = StepCheck(format, is_latent, is_gated).run();
+        failures += differing != 0;
+        printf("%-5s step %-10s %-5s format %d: %d values differ\n", differing ? "WRONG" : "ok",
+               is_latent ? "latent" : "grouped", is_gated ? "gated" : "", format, differing);
+      }
   }
   return failures ? 1 : 0;
 }

@@ -12,7 +12,7 @@ namespace {
 
 class StepCheck {
  public:
-  StepCheck(int format, bool is_latent) : format_(format), group_(format < 2 ? 0 : 32) {
+  StepCheck(int format, bool is_latent, bool is_gated) : format_(format), group_(format < 2 ? 0 : 32) {
     model_ = blockffn_model{};
     model_.num_layers = 2;
     model_.hidden_size = kHidden;
@@ -42,7 +42,7 @@ class StepCheck {
       model_.screen = matrix(model_.vocab_size, kHidden, coarse, BLOCKFFN_INT4);
       model_.screen_errors = screen_errors(head, coarse);
     }
-    for (int layer = 0; layer < model_.num_layers; ++layer) layers_.push_back(make_layer(is_latent, layer == 1));
+    for (int layer = 0; layer < model_.num_layers; ++layer) layers_.push_back(make_layer(is_latent, is_gated, layer == 1));
     model_.layers = layers_.data();
     cache_.resize(static_cast<size_t>(blockffn_cache_bytes(&model_)));
     model_.cache = cache_.data();
@@ -134,7 +134,8 @@ class StepCheck {
     return floats_.back().data();
   }
 
-  blockffn_layer make_layer(bool is_latent, bool is_dense) {
+  // A dense layer is one gated expert.
+  blockffn_layer make_layer(bool is_latent, bool is_gated, bool is_dense) {
     blockffn_layer layer{};
     const int64_t heads = model_.num_heads;
     layer.attention_norm = vector(kHidden);
@@ -149,10 +150,10 @@ class StepCheck {
       layer.to_values = matrix(model_.value_width, model_.latent_size, heads);
     }
     const int64_t num_experts = is_dense ? 1 : 5, width = 24;
-    const int32_t group = static_cast<int32_t>(group_);
+    const int32_t group = static_cast<int32_t>(group_), gated = is_gated || is_dense;
     std::vector<uint8_t> data;
     for (int64_t e = 0; e < num_experts; ++e)
-      for (int part = is_dense ? 0 : 1; part < 3; ++part) {
+      for (int part = gated ? 0 : 1; part < 3; ++part) {
         Floats weights = random_floats(width * kHidden);
         const int64_t outputs = part == 2 ? kHidden : width, inputs = part == 2 ? width : kHidden;
         const std::vector<uint8_t> packed = pack(format_, group_, outputs, inputs, weights);
@@ -160,7 +161,7 @@ class StepCheck {
       }
     packed_.push_back(data);
     const int64_t bytes = static_cast<int64_t>(data.size()) / num_experts;
-    layer.experts = {packed_.back().data(), bytes, num_experts, width, kHidden, format_, is_dense, group, group};
+    layer.experts = {packed_.back().data(), bytes, num_experts, width, kHidden, format_, gated, group, group};
     if (!is_dense) {
       layer.router = matrix(num_experts, kHidden);
       layer.router_scale = vector(num_experts);

@@ -193,6 +193,20 @@ def test_every_method_survives_packing(tmp_path: Path, method: str) -> None:
     assert bool(kept) == (model.config.expert_activation == "norm_silu")  # which no kernel computes packed
 
 
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_gated_experts_survive_packing(tmp_path: Path, format: str) -> None:
+    plain = saved(tmp_path / "plain", expert_gated=True)
+    model = quantised(plain, format)
+    model.save_pretrained(tmp_path / "packed")
+    again = blockffn.load(tmp_path / "packed")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert not any(isinstance(module, RoutedExperts) for module in again.modules())
+    wanted, unpacked = blockffn.load(plain), again.dequantize()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        of = [getattr(m.model.layers[0].mlp.routed_experts, name) for m in (wanted, unpacked)]
+        assert 0 < (of[0] - of[1]).norm() < {"int8": 0.01, "int4": 0.15}[format] * of[0].norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize("shape", [(61, 32), (64, 96), (7, 200)])

@@ -60,6 +60,11 @@ def test_steps_equal_the_modules(attention: str, method: str) -> None:
     run_both([ModelTarget(model), GraphTarget(model)])
 
 
+def test_steps_with_gated_experts_equal_the_modules() -> None:
+    model = tiny_model("gqa", expert_gated=True, router_norm_eps=0.01)
+    run_both([ModelTarget(model), GraphTarget(model)])
+
+
 @pytest.mark.parametrize("attention", sorted(ATTENTION))
 @pytest.mark.parametrize("method", ["blockffn", "dense"])
 def test_steps_of_kernels_equal_the_modules(attention: str, method: str) -> None:

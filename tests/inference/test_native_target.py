@@ -14,20 +14,22 @@ from torch import Tensor
 
 from blockffn.checkpoints.quantization_config import BlockFFNQuantizationConfig
 from blockffn.checkpoints.quantize import pack_model, unpack_model
+from blockffn.inference.backends import make_target
 from blockffn.inference.decode import GenerationSettings, generate
 from blockffn.inference.model_target import ModelTarget
 from blockffn.inference.native_target import NativeTarget
 from blockffn.inference.target import Step, Target, prefill
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.ops import native
-from tests.models.conftest import ATTENTION, tiny_model
+from tests.models.conftest import ATTENTION
+from tests.models.conftest import tiny_model as tiny_model_of
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="the native kernels are not built")
 
 # A tree of two roots: 0 → (2 → 4, 5), 1 → 3.
 PARENTS = torch.tensor([-1, -1, 0, 1, 2, 2])
 PATHS = [[], [0], [1], [0, 2], [1, 3], [0, 2, 4], [0, 2, 5]]
-METHODS = ["blockffn", "dense", "remoe"]
+METHODS = ["blockffn", "dense", "remoe", "gated"]
 # Of sums of products of rounded numbers, relative to the size of all logits: int8 and int4 round activations to 8 bits.
 TOLERANCE = {"f32": 1e-5, "bf16": 2e-2, "int8": 5e-2, "int4": 5e-2}
 SIZES = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96, "vocab_size": 77}
@@ -35,6 +37,20 @@ HEADS = {
     "gqa": {"head_dim": 16},
     "mla": {"kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 32, "v_head_dim": 32},
 }
+# SmolLM2-135M as `blockffn convert --from-dense` makes it, a third as wide: three queries to a key, tied embeddings.
+CONVERTED = {
+    "hidden_size": 192, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "num_experts": 24,
+    "moe_intermediate_size": 64, "vocab_size": 1021, "num_hidden_layers": 3, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def tiny_model(attention: str = "gqa", method: str = "blockffn", **overrides: Any) -> BlockFFNForCausalLM:
+    """As `tests.models.conftest.tiny_model`; the method `gated` is `blockffn` with gated experts.
+
+    Their router's epsilon keeps it from amplifying the rounding of a token whose experts are all nearly off.
+    """
+    gated = {"expert_gated": True, "router_norm_eps": 0.01} if method == "gated" else {}
+    return tiny_model_of(attention, "blockffn" if gated else method, **{**gated, **overrides})
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -100,9 +116,10 @@ def test_chains_longer_than_a_step_and_trees_of_64_equal_the_model(attention: st
 
 
 @pytest.mark.parametrize("size", [3, 8])
+@pytest.mark.parametrize("method", ["blockffn", "gated"])
 @pytest.mark.parametrize("attention", sorted(ATTENTION))
-def test_a_chain_gives_the_bits_of_its_tokens_one_by_one(attention: str, size: int) -> None:
-    target = NativeTarget(tiny_model(attention, max_position_embeddings=256))
+def test_a_chain_gives_the_bits_of_its_tokens_one_by_one(attention: str, method: str, size: int) -> None:
+    target = NativeTarget(tiny_model(attention, method, max_position_embeddings=256))
     tokens = ids(140)
     steps = []
     for count in (1, size):
@@ -117,7 +134,7 @@ def test_a_chain_gives_the_bits_of_its_tokens_one_by_one(attention: str, size: i
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
-@pytest.mark.parametrize("method", ["blockffn", "dense"])
+@pytest.mark.parametrize("method", ["blockffn", "dense", "gated"])
 @pytest.mark.parametrize("attention", sorted(ATTENTION))
 def test_packed_formats_equal_the_model_with_the_values_they_store(attention: str, method: str, format: str) -> None:
     model = tiny_model(attention, method, **SIZES, **HEADS[attention])
@@ -146,7 +163,7 @@ def round_weights(model: BlockFFNForCausalLM, format: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("method", ["blockffn", "dense"])
+@pytest.mark.parametrize("method", ["blockffn", "dense", "gated"])
 @pytest.mark.parametrize("attention", sorted(ATTENTION))
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_a_model_that_is_packed_is_used_as_it_is(attention: str, method: str, format: str, tied: bool) -> None:
@@ -160,7 +177,7 @@ def test_a_model_that_is_packed_is_used_as_it_is(attention: str, method: str, fo
         steps.append(each.extend(tokens[-1:]))
     assert error(steps[0].logits, steps[1].logits) < TOLERANCE[format]
     experts = model.model.layers[0].mlp
-    if method == "blockffn":
+    if method != "dense":
         assert target.weights.description.layers[0].experts.data == experts.routed_experts.packed.data_ptr()
 
 
@@ -183,6 +200,31 @@ def test_greedy_text_is_that_of_the_model(attention: str, method: str) -> None:
     texts = [generate(target, prompt, settings).token_ids for target in both(model)]
     assert texts[0] == texts[1]
     assert len(texts[0]) == 50
+
+
+def test_greedy_text_of_a_converted_models_shape_is_that_of_the_model() -> None:
+    model = tiny_model("gqa", "gated", **CONVERTED, max_position_embeddings=128)
+    target = make_target(model)
+    assert isinstance(target, NativeTarget)
+    prompt = ids(70, 1021).tolist()  # longer than a step
+    settings = GenerationSettings(max_new_tokens=50)
+    text = generate(target, prompt, settings).token_ids
+    assert text == generate(ModelTarget(model), prompt, settings).token_ids
+    assert len(set(text)) > 10
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+def test_a_converted_models_shape_in_packed_formats_equals_the_values_they_store(format: str) -> None:
+    model = tiny_model("gqa", "gated", **{**CONVERTED, "num_hidden_layers": 1, "tie_word_embeddings": False})
+    tokens, tree = ids(9, 1021), ids(6, 1021)
+    target = NativeTarget(model, format=format, head_format=format, group_size=32)
+    round_weights(model, format)
+    expected = ModelTarget(model)
+    steps = []
+    for each in (target, expected):
+        prefill(each, tokens)
+        steps.append(each.extend(tree, PARENTS))
+    assert error(steps[0].logits, steps[1].logits) < TOLERANCE[format]
 
 
 def test_thresholds_that_change_hold_after_a_reset() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from blockffn.ops import native
 from blockffn.ops.native import FORMATS
-from blockffn.ops.quantization import pack_experts
+from blockffn.ops.quantization import PackedExperts, pack_experts
 from blockffn.ops.sparse_ffn import sparse_ffn, sparse_ffn_packed
 from blockffn.ops.sparse_ffn.cpu import PackedStep
 
@@ -32,6 +32,11 @@ SHAPES = [
     (33, 9, 24, 64),
     (70, 4, 16, 40),
 ]
+
+
+def pack(layer: Layer, format: str, gated: bool) -> PackedExperts:
+    gate = layer.gate_proj_EFD if gated else None
+    return pack_experts(layer.up_proj_EFD, layer.down_proj_EFD, gate_proj_EFD=gate, format=format)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -53,8 +58,7 @@ def test_plain_experts_agree_with_reference(shape: tuple[int, ...], dtype: torch
 @pytest.mark.parametrize("shape", SHAPES)
 def test_packed_experts_agree_with_reference(shape: tuple[int, ...], format: str, gated: bool) -> None:
     layer = Layer.random(*shape)
-    gate = layer.gate_proj_EFD if gated else None
-    experts = pack_experts(layer.up_proj_EFD, layer.down_proj_EFD, gate_proj_EFD=gate, format=format)
+    experts = pack(layer, format, gated)
     y = sparse_ffn_packed(layer.x_TD, experts, layer.weights_TE, backend="cpu")
     expected = sparse_ffn_packed(layer.x_TD, experts, layer.weights_TE, backend="reference")
     assert_close("y", y, expected, TOLERANCE[format])
@@ -68,11 +72,14 @@ def test_packed_experts_agree_with_reference(shape: tuple[int, ...], format: str
     D=st.integers(1, 100),
     share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     format=st.sampled_from(sorted(FORMATS)),
+    gated=st.booleans(),
 )
-def test_any_shape_agrees_with_reference(T: int, E: int, F: int, D: int, share: float, format: str) -> None:
+def test_any_shape_agrees_with_reference(
+    T: int, E: int, F: int, D: int, share: float, format: str, gated: bool
+) -> None:
     assume(D >= 24 or format in ("f32", "bf16"))  # the rounding of activations averages out over many outputs only
     layer = Layer.random(T, E, F, D, active_share=share, seed=T + E)
-    experts = pack_experts(layer.up_proj_EFD, layer.down_proj_EFD, format=format)
+    experts = pack(layer, format, gated)
     y = sparse_ffn_packed(layer.x_TD, experts, layer.weights_TE, backend="cpu")
     expected = sparse_ffn_packed(layer.x_TD, experts, layer.weights_TE, backend="reference")
     assert_close("y", y, expected, 2 * TOLERANCE[format])  # a single group has fewer roundings to average over
@@ -87,23 +94,26 @@ def test_no_active_expert_gives_zero(format: str) -> None:
     assert sparse_ffn(layer.x_TD, layer.up_proj_EFD, layer.down_proj_EFD, weights, backend="cpu").eq(0).all()
 
 
-def test_inactive_experts_are_never_read() -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_inactive_experts_are_never_read(gated: bool) -> None:
     """An expert of weight 0 contributes exactly nothing even if its weights are NaN."""
     layer = Layer.random(5, 6, 32, 48, active_share=1.0)
     layer.weights_TE[:, 2] = 0
-    for poisoned in (layer.up_proj_EFD, layer.down_proj_EFD):
+    for poisoned in (layer.up_proj_EFD, layer.down_proj_EFD, layer.gate_proj_EFD):
         poisoned[2] = float("nan")
-    experts = pack_experts(layer.up_proj_EFD, layer.down_proj_EFD, format="bf16")
+    experts = pack(layer, "bf16", gated)
     assert sparse_ffn_packed(layer.x_TD, experts, layer.weights_TE, backend="cpu").isfinite().all()
-    plain = sparse_ffn(layer.x_TD, layer.up_proj_EFD, layer.down_proj_EFD, layer.weights_TE, backend="cpu")
-    assert plain.isfinite().all()
+    arguments = (layer.x_TD, layer.up_proj_EFD, layer.down_proj_EFD, layer.weights_TE)
+    gate = layer.gate_proj_EFD if gated else None
+    assert sparse_ffn(*arguments, gate_proj_EFD=gate, backend="cpu").isfinite().all()
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
-def test_nan_in_one_token_stays_in_that_token(format: str) -> None:
+def test_nan_in_one_token_stays_in_that_token(format: str, gated: bool) -> None:
     layer = Layer.random(9, 4, 32, 64, active_share=0.7)
     layer.x_TD[4, 7] = float("nan")
-    experts = pack_experts(layer.up_proj_EFD, layer.down_proj_EFD, format=format)
+    experts = pack(layer, format, gated)
     is_nan = sparse_ffn_packed(layer.x_TD, experts, layer.weights_TE, backend="cpu").isnan()
     assert is_nan[4].all()
     assert is_nan.sum() == 64
@@ -117,26 +127,28 @@ def test_nan_routing_weight_is_seen_and_not_dropped() -> None:
     assert y[1].isnan().all()
 
 
-def test_large_hidden_values_do_not_overflow() -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_large_hidden_values_do_not_overflow(gated: bool) -> None:
     layer = Layer.random(2, 3, 32, 64, active_share=1.0)
-    up = layer.up_proj_EFD * 1e4
-    y = sparse_ffn(layer.x_TD, up, layer.down_proj_EFD, layer.weights_TE, backend="cpu")
-    expected = sparse_ffn(layer.x_TD, up, layer.down_proj_EFD, layer.weights_TE, backend="reference")
+    arguments = (layer.x_TD, layer.up_proj_EFD * 1e4, layer.down_proj_EFD, layer.weights_TE)
+    gate = layer.gate_proj_EFD * 1e4 if gated else None
+    y = sparse_ffn(*arguments, gate_proj_EFD=gate, backend="cpu")
+    expected = sparse_ffn(*arguments, gate_proj_EFD=gate, backend="reference")
     assert_close("y", y, expected, 1e-5)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("backend_of", ["plain", *FORMATS])
-def test_one_token_and_many_tokens_round_alike(backend_of: str) -> None:
+def test_one_token_and_many_tokens_round_alike(backend_of: str, gated: bool) -> None:
     """Batch-invariant: bit-equal whatever other tokens share the call, so speculation can be lossless."""
     layer = Layer.random(19, 6, 48, 96, active_share=0.5)
-    experts = pack_experts(
-        layer.up_proj_EFD, layer.down_proj_EFD, format="bf16" if backend_of == "plain" else backend_of
-    )
+    experts = pack(layer, "bf16" if backend_of == "plain" else backend_of, gated)
+    projections, gate = (layer.up_proj_EFD, layer.down_proj_EFD), layer.gate_proj_EFD if gated else None
 
     def run(tokens: slice) -> torch.Tensor:
         x, weights = layer.x_TD[tokens], layer.weights_TE[tokens]
         if backend_of == "plain":
-            return sparse_ffn(x, layer.up_proj_EFD, layer.down_proj_EFD, weights, batch_invariant=True)
+            return sparse_ffn(x, *projections, weights, gate_proj_EFD=gate, batch_invariant=True)
         return sparse_ffn_packed(x, experts, weights, batch_invariant=True)
 
     together = run(slice(None))
@@ -145,10 +157,11 @@ def test_one_token_and_many_tokens_round_alike(backend_of: str) -> None:
     assert torch.equal(torch.cat([run(slice(0, 8)), run(slice(8, 19))]), together)
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
-def test_number_of_threads_does_not_change_a_bit(format: str) -> None:
+def test_number_of_threads_does_not_change_a_bit(format: str, gated: bool) -> None:
     layer = Layer.random(6, 8, 128, 512)
-    experts = pack_experts(layer.up_proj_EFD, layer.down_proj_EFD, format=format)
+    experts = pack(layer, format, gated)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -192,9 +205,10 @@ def test_threshold_skips_small_weights_of_either_sign() -> None:
     assert torch.equal(sparse_ffn_packed(layer.x_TD, experts, layer.weights_TE, threshold=0.7, backend="cpu"), expected)
 
 
-def test_bound_step_equals_the_op() -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_bound_step_equals_the_op(gated: bool) -> None:
     layer = Layer.random(3, 5, 64, 96)
-    experts = pack_experts(layer.up_proj_EFD, layer.down_proj_EFD, format="int4")
+    experts = pack(layer, "int4", gated)
     step = PackedStep(experts, 3, dtype=torch.float32)
     for scale in (1.0, 2.0):
         step.x.copy_(layer.x_TD * scale)
@@ -205,14 +219,15 @@ def test_bound_step_equals_the_op() -> None:
         PackedStep(experts, 3, dtype=torch.float64)
 
 
-def test_ops_pass_opcheck() -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_ops_pass_opcheck(gated: bool) -> None:
     layer = Layer.random(3, 5, 32, 64)
-    experts = pack_experts(layer.up_proj_EFD, layer.down_proj_EFD, format="int8")
+    experts = pack(layer, "int8", gated)
     plain = (layer.x_TD, layer.up_proj_EFD, layer.down_proj_EFD, layer.weights_TE)
-    torch.library.opcheck(torch.ops.blockffn.sparse_ffn_plain, (*plain, None))
+    torch.library.opcheck(torch.ops.blockffn.sparse_ffn_plain, (*plain, layer.gate_proj_EFD if gated else None))
     torch.library.opcheck(
         torch.ops.blockffn.sparse_ffn_packed,
-        (layer.x_TD, experts.data, layer.weights_TE, 2, 32, False, experts.up.group_size, experts.down.group_size, 0.0),
+        (layer.x_TD, experts.data, layer.weights_TE, 2, 32, gated, experts.up.group_size, experts.down.group_size, 0.0),
     )
 
 

@@ -9,9 +9,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from blockffn.checkpoints.convert import convert as quantise
 from blockffn.checkpoints.load import load
+from blockffn.checkpoints.quantization_config import BlockFFNQuantizationConfig
 from blockffn.cli.from_dense import convert_dense, receipt_table
 from blockffn.data.prepare import prepare
+from blockffn.inference.backends import make_target
+from blockffn.inference.model_target import ModelTarget
+from blockffn.inference.target import prefill
+from blockffn.ops import native
 from blockffn.sparsify.dense import from_llama
 from blockffn.sparsify.passages import read_passages
 from blockffn.sparsify.receipt import compare
@@ -55,6 +61,24 @@ def test_a_folder_becomes_a_sparse_folder_with_a_receipt(llama_folder: Path, tex
         "routed", load(_dense(llama_folder, tmp_path)), model, read_passages(text, "valid", length=128, num_tokens=128)
     )
     assert again.divergence == pytest.approx(routed["divergence"], rel=1e-3)
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="the native kernels are not built")
+@pytest.mark.parametrize("format", [None, "int8", "int4"])
+@pytest.mark.parametrize("experts", ["gated", "plain", "none"])
+def test_what_was_converted_decodes_natively(
+    llama_folder: Path, text: Path, tmp_path: Path, experts: str, format: str | None
+) -> None:
+    convert(llama_folder, tmp_path / "new", text, experts=experts)
+    folder = tmp_path / "new"
+    if format is not None:
+        folder = tmp_path / "packed"
+        quantise(tmp_path / "new", folder, quantization=BlockFFNQuantizationConfig.preset(format))
+    model = load(folder)
+    prompt = read_passages(text, "valid", length=64, num_tokens=64)[0][0, :20]
+    steps = [prefill(target, prompt) for target in (make_target(model, backend="native"), ModelTarget(model))]
+    error = (steps[0].logits - steps[1].logits).norm() / steps[1].logits.norm()
+    assert error < (5e-5 if format is None else 5e-2)
 
 
 def _dense(llama_folder: Path, tmp_path: Path) -> Path:
