@@ -55,7 +55,8 @@ typedef struct {
   int32_t group;
 } blockffn_matrix;
 
-/* y[t] = sum_e weights[t][e] * down_e(silu(up_e(x[t]))) over experts with !(|weight| <= threshold).
+/* y[t] = sum_e weights[t][e] * down_e(silu(up_e(x[t]))) over experts with !(|weight| <= threshold); of gated experts,
+ * down_e(silu(gate_e(x[t])) * up_e(x[t])).
  * x and y: [num_tokens][hidden_size] of `dtype` (BLOCKFFN_F32 or BLOCKFFN_BF16), x with `x_stride` elements from token to
  * token. weights: float [num_tokens][num_experts] with `weights_stride`. A token's result does not depend on the other
  * tokens of the call, on the number of threads or on their timing. */

@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from synthetic_checkpoint import make_sample, summary, write_checkpoint  # noqa: E402
+from synthetic_checkpoint import CONVERTED, config_of, make_sample, summary, write_checkpoint  # noqa: E402
 from synthetic_routing import local_router, locality  # noqa: E402
 
 from blockffn.checkpoints.load import load  # noqa: E402
@@ -28,6 +28,7 @@ SIZES = {
 MLA = {"attention_type": "mla", "q_lora_rank": 48, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
        "qk_rope_head_dim": 16, "v_head_dim": 16}  # fmt: skip
 GQA = {"attention_type": "gqa", "num_key_value_heads": 1, "head_dim": 32}
+GATED = GQA | {"expert_gated": True, "intermediate_size": 24 * 8}  # of the twin: all experts together
 
 
 def text(length: int = 12_000) -> torch.Tensor:
@@ -92,13 +93,22 @@ def test_every_token_has_one_successor_and_the_text_is_one_round_of_its_tokens()
         make_sample(ids[:100], VOCABULARY, rows=4, length=64, generator=torch.Generator())
 
 
-@pytest.mark.parametrize("attention", [MLA, GQA], ids=["mla", "gqa"])
+@pytest.mark.parametrize("size", sorted(CONVERTED))
+def test_experts_of_a_dense_models_shape_are_its_ffn_in_parts(size: str) -> None:
+    sparse, dense = (config_of(size, method, context=512) for method in ("blockffn", "dense"))
+    assert sparse.expert_gated
+    assert sparse.num_experts * sparse.moe_intermediate_size == dense.intermediate_size
+    routers = sparse.num_hidden_layers * sparse.num_experts * (sparse.hidden_size + 1)
+    assert parameter_counts(sparse).total == parameter_counts(dense).total + routers
+
+
+@pytest.mark.parametrize("attention", [MLA, GQA, GATED], ids=["mla", "gqa", "gated"])
 def test_a_written_model_loads_with_its_sparsity_and_says_what_its_dense_twin_says(
     attention: dict[str, object], tmp_path: Path
 ) -> None:
     said, counts = [], []
     for method in ("moe", "dense"):
-        config = BlockFFNConfig(**SIZES, **attention, ffn_type=method)  # type: ignore[arg-type]
+        config = BlockFFNConfig(**SIZES | attention, ffn_type=method)  # type: ignore[arg-type]
         reports = list(write_checkpoint(tmp_path / method, config, text(), tls=75, cls8=50, rows=32, length=96))
         model = load(tmp_path / method)
         counts.append(parameter_counts(model.config).total)
