@@ -12,7 +12,8 @@ the same rows a step:
                     for the losses alone
 
 The rate is the median over the steps after the first 16 (compiling, warming up) and without those that write a
-checkpoint. The learning rate warms up and stays, so curves do not depend on the number of steps. Losses are compared
+checkpoint. The learning rate warms up over the 32 steps that every run has and stays, so curves do not depend on the
+number of steps, and no loss jumps, after which rounding alone would keep them apart. Losses are compared
 step by step; they cannot be equal to the last digit, since sums of bfloat16 products are taken in another order.
 """
 
@@ -166,7 +167,7 @@ def settings_of(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "steps": steps, "batch_size": rows, "micro_batch_size": micro_rows, "parallel": job["parallel"],
         "log_every": steps, "checkpoint_every": CHECKPOINT_EVERY, "keep_checkpoints": steps,
-        "schedule": {"warmup_steps": 10, "decay_fraction": 0.0},
+        "schedule": {"warmup_steps": LEAST_STEPS, "decay_fraction": 0.0},
         "data": {"folders": {job["data"]: 1.0}},
     }  # fmt: skip
 
