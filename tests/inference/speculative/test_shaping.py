@@ -171,6 +171,40 @@ def test_a_draft_that_is_slower_than_was_measured_is_given_up() -> None:
     assert sum(levels[-100:]) <= 4
 
 
+def step_of(tokens: int, active: list[int] | None = None) -> Step:
+    """With experts `active` of each token in one layer; `None`: a dense model's."""
+    if active is None:
+        return Step(torch.zeros(tokens, 2), torch.zeros(tokens, 2))
+    return Step(torch.zeros(tokens, 2), torch.zeros(tokens, 2), torch.tensor([max(active)]), torch.tensor([active]))
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_a_round_that_explored_for_nothing_is_followed_by_none(accepted: bool) -> None:
+    """What was tried alone lies at the end of the drafted tree, and at the beginning of the verified one."""
+    shaper = CostAwareShaper(TOKENS, num_experts=1)  # a token costs what it brings if it is accepted
+    tree = DraftTree(torch.arange(4), torch.full((4,), -1), torch.tensor([0.02, 0.02, 0.5, 0.05]).log())
+    for _ in range(100):
+        shaper.budget(Budget(nodes=4, depth=1))
+        part = shaper.shape(tree)
+        if len(part):
+            break
+        shaper.observe(part, Verdict([], 0), step_of(1))
+    assert part.tokens.tolist() == [2, 3]
+    shaper.observe(part, Verdict([0] if accepted else [], 0), step_of(3))
+    shaper.budget(Budget(nodes=4, depth=1))
+    assert len(shaper.shape(tree)) == (2 if accepted else 0)
+
+
+def test_the_next_root_has_the_experts_of_the_last_accepted_token() -> None:
+    starts = []
+    for path in ([], [0], [0, 1]):
+        shaper = CostAwareShaper(EXPERTS, num_experts=20)
+        shaper.budget(Budget(nodes=2, depth=2))
+        shaper.observe(chain([1, 2], [0.0, 0.0]), Verdict(path, 0), step_of(3, [1, 4, 9]))
+        starts.append(shaper._union.start())
+    assert starts == sorted(set(starts))
+
+
 def test_no_experts_at_all_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="1 for a dense model; got 0"):
         CostAwareShaper(FREE, num_experts=0)
