@@ -63,3 +63,28 @@ def test_llama_cpp_continues_prompts_of_any_length_alike_every_time(precision: s
     assert all(len(run.token_ids) == 6 and run.seconds > 0 for run in runs)
     with pytest.raises(ValueError, match="no format"):
         llama.LlamaCpp.like(config, precision="int3", capacity=200)
+
+
+@pytest.mark.parametrize(
+    ("trial", "said"),
+    [
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGILL)",
+            "ended by SIGILL; a build for any processor may help",
+        ),
+        ("raise RuntimeError('no context')", "RuntimeError: no context"),
+    ],
+)
+def test_a_peer_that_takes_its_process_down_is_left_out_with_the_reason(
+    trial: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(llama, "TRIAL", trial)
+    assert said in (llama.why_not_running("int4") or "")
+
+
+def test_a_peer_that_runs_is_not_left_out() -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    reason = llama.why_not_running("bf16")
+    assert reason is None or "SIGILL" in reason

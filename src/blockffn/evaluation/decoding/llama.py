@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -134,6 +137,44 @@ def write_gguf(path: Path, shape: LlamaShape, kind: str, *, head: str, seed: int
     writer.close()
 
 
+TRIAL = """
+import sys
+from pathlib import Path
+from blockffn.evaluation.decoding.llama import LlamaCpp
+LlamaCpp(Path(sys.argv[1]), name="trial", vocab_size=int(sys.argv[2]), capacity=512).run([1, 2, 3], 2)
+"""
+
+
+def why_not_running(precision: str) -> str | None:
+    """What stops llama.cpp on this machine, or `None`: tried in a process of its own, which it may take down.
+
+    A build for another processor ends in an illegal instruction, and with it everything measured by then.
+    """
+    kind, head = _formats(precision)
+    shape = LlamaShape(vocab_size=256, hidden_size=256, layers=1, width=256, heads=2, key_value_heads=1, context=512)
+    with tempfile.TemporaryDirectory(prefix="blockffn-llama-") as folder:
+        path = Path(folder) / "trial.gguf"
+        write_gguf(path, shape, kind, head=head)
+        command = [sys.executable, "-c", TRIAL, str(path), str(shape.vocab_size)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    if done.returncode < 0:
+        again = (
+            "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --force-reinstall --no-binary llama-cpp-python llama-cpp-python"
+        )
+        reason = f"ended by {signal.Signals(-done.returncode).name}; a build for any processor may help: {again}"
+    else:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    return f"llama.cpp is left out, it does not run here: {reason}"
+
+
+def _formats(precision: str) -> tuple[str, str]:
+    if precision not in FORMATS:
+        raise ValueError(f"llama.cpp has no format for precision {precision!r}; choose from {', '.join(FORMATS)}")
+    return FORMATS[precision]
+
+
 class LlamaCpp:
     """Greedy decoding by llama.cpp, a token a call, with as many threads as torch.
 
@@ -166,9 +207,7 @@ class LlamaCpp:
         Raises:
             ValueError: a precision or a shape that it does not have.
         """
-        if precision not in FORMATS:
-            raise ValueError(f"llama.cpp has no format for precision {precision!r}; choose from {', '.join(FORMATS)}")
-        kind, head = FORMATS[precision]
+        kind, head = _formats(precision)
         shape = llama_like(config, context=max(capacity, 512))
         formats = kind if head == kind else f"{kind}, head {head}"
         name = f"llama.cpp {formats}, dense {shape.parameters / 1e6:.0f} M"

@@ -46,6 +46,8 @@ def make_peers(names: Sequence[str], subject: Subject, precision: str, capacity:
             notes.append(missing)
         elif subject.model.device.type != "cpu":
             notes.append("llama.cpp is compared on the CPU alone")
+        elif (reason := llama.why_not_running(precision)) is not None:
+            notes.append(reason)
         else:
             ways.append(llama.LlamaCpp.like(subject.model.config, precision=precision, capacity=capacity))
     return ways, notes
