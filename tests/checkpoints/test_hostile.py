@@ -172,7 +172,7 @@ def test_missing_surplus_and_misshapen_tensors_are_named(safe: Path) -> None:
     name = "model.layers.1.mlp.router.proj.weight"
     original = load_file(safe / "model.safetensors")[name]
     for change, message in (
-        ({name: None}, f"lacks 1 tensors, the first '{name}'"),
+        ({name: None}, f"lacks 1 tensor, the first '{name}'"),
         ({name: original[:, :-1].contiguous()}, rf"'{name}' has shape \(6, 31\), config.json makes it \(6, 32\)"),
         ({name: original, "model.extra": torch.ones(2)}, "does not have, the first 'model.extra'"),
         ({"model.extra": None, name: original.to(torch.uint8)}, f"'{name}' is torch.uint8"),

@@ -136,7 +136,7 @@ def test_as_many_tokens_as_asked_up_to_the_last_that_fits(
     engine = Engine(model, tokenizer, draft="ngram", tree=6, capacity=length + new - 1)
     for speculative in (True, False):
         assert len(engine.generate(PROMPT, max_new_tokens=new, speculative=speculative).token_ids) == new
-        with pytest.raises(ValueError, match=f"ask for at most {new} new tokens"):
+        with pytest.raises(ValueError, match=f"ask for at most {new} new token"):
             engine.generate(PROMPT, max_new_tokens=new + 1, speculative=speculative)
 
 
