@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from blockffn.data.prepare import prepare
 from blockffn.data.tokenizer import load_tokenizer
 from blockffn.experiments.dense_to_sparse import Recovery, main, stages
+from blockffn.settings import parse_overrides
+from blockffn.training.config import train_settings
 
 
 def recovery(tmp_path: Path, **changes: object) -> Recovery:
@@ -51,6 +53,10 @@ def test_without_a_share_of_its_own_text_none_is_written(tmp_path: Path) -> None
     assert not any(str(tmp_path / "work" / "own") in word for word in found["train"])
 
 
+def way(name: str, *rates: float) -> dict[str, object]:
+    return {"way": name, "rates": [{"task": "qa", "tokens_per_second": rate} for rate in rates]}
+
+
 def finished(work: Path) -> None:
     """What the stages of a recovery leave behind, as far as its record and its list of stages look."""
     against = {"model": f"{work}/dense", "divergence": 0.5}
@@ -58,8 +64,7 @@ def finished(work: Path) -> None:
         ("receipt.json", {"source": f"{work}/dense", "stages": [{"name": "loaded", "loss": 2.5}]}),
         ("dense-evaluation.json", {"perplexity": 12.25, "cost": {}}),
         ("recovered-evaluation.json", {"perplexity": 13.5, "cost": {}, "against": against}),
-        ("dense-decode.json", {"tokens_per_second": 10.5}),
-        ("recovered-decode.json", {"tokens_per_second": 11.5}),
+        ("decode.json", {"results": [way("dense, plain", 10.0, 30.0, 11.0), way("sparse, plain", 12.0, 9.0, 40.0)]}),
         ("run/train.json", {"step": 4, "tokens": 64, "seconds": 1.5}),
         ("dense/config.json", {}), ("sparse/config.json", {}), ("own.jsonl", {}),
     ):  # fmt: skip
@@ -79,6 +84,7 @@ def test_a_record_names_its_folder_work_and_is_otherwise_untouched(
     assert main("", given) == 0
     record = json.loads((tmp_path / "records" / "dense-to-sparse" / "smollm2-135m.json").read_text())
     assert record["models"]["dense"]["perplexity"] == 12.25
+    assert [record["models"][name]["decode_tokens_per_second"] for name in ("dense", "recovered")] == [11.0, 12.0]
     assert record["receipt"]["stages"] == [{"name": "loaded", "loss": 2.5}]
     if work != ".":
         assert record["receipt"]["source"] == record["models"]["recovered"]["against"]["model"] == "WORK/dense"
@@ -90,6 +96,13 @@ def test_a_record_says_every_setting_that_was_changed(tmp_path: Path) -> None:
     assert main("", [*given, "--sparsity", "72", "--steps", "9", "--device", "cpu", "max_seconds=167"]) == 0
     record = json.loads((tmp_path / "dense-to-sparse" / "smollm2-135m.json").read_text())
     assert record["settings"] == "gated --sparsity 72 --steps 9 max_seconds=167"
+
+
+def test_training_steers_with_the_objectives_of_the_recipe_alone(tmp_path: Path) -> None:
+    command = next(stage.command for stage in stages(recovery(tmp_path)) if stage.name == "train")
+    changes = parse_overrides([word for word in command if "=" in word and word.startswith("objectives.")])
+    terms = train_settings("mini", "blockffn", changes).objectives.terms
+    assert set(terms) == {"router_entropy", "activation_locality", "dead_experts"}
 
 
 @pytest.mark.parametrize("share", ["-0.1", "1.5", "nan"])

@@ -71,7 +71,11 @@ def wrap(module: nn.Module, layers: nn.ModuleList, world: World, *, parallel: st
     if world.size == 1:
         return module
     if parallel == "ddp":
-        return DistributedDataParallel(module, device_ids=[world.device] if world.device.type == "cuda" else None)
+        # Layers are compiled one by one, so gradients come layer by layer, and the exchange overlaps with backward
+        # already. Without this, dynamo would cut every layer in two at the bounds of DDP's buckets.
+        torch._dynamo.config.optimize_ddp = False
+        devices = [world.device] if world.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
     half = precision == "bfloat16"
     # Inputs are not cast: the counts that divide the losses must stay exact.
     policy = MixedPrecisionPolicy(
