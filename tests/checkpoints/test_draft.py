@@ -101,3 +101,8 @@ def test_a_draft_of_another_target_is_refused(folders: tuple[Path, Path], tmp_pa
         load_draft(folders[1], blockffn.load(other).config)
     with pytest.raises(CheckpointError, match="holds no draft"):
         load_draft(other, blockffn.load(other).config)
+
+
+def test_a_draft_opened_as_a_model_is_told_where_it_belongs(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(CheckpointError, match=f"EAGLE draft; .* generate MODEL --speculative {folders[1]}"):
+        blockffn.load(folders[1])

@@ -51,3 +51,10 @@ def test_a_damaged_tokenizer_is_named(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(ValueError, match=f"{folder} holds no tokenizer that can be read"):
         load_tokenizer(folder)
+
+
+def test_a_folder_without_one_says_what_to_copy(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    published.write_bin(tmp_path, published.weights("small"), published.config("small"))
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no tokenizer; copy tokenizer.json"):
+        load_tokenizer(tmp_path)
+    assert capfd.readouterr() == ("", "")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blockffn.checkpoints.files import CheckpointError, open_tensors, read_frequencies, read_json
+from blockffn.checkpoints.layouts import is_draft
 from blockffn.checkpoints.load import model_folder
 from blockffn.checkpoints.recognise import CONFIGURATION_ERRORS
 from blockffn.configuration import BlockFFNConfig
@@ -24,11 +25,6 @@ MODEL_TYPE = "blockffn-draft"
 CARD = "draft.json"  # what a draft that was trained here is worth
 # May be in the file, but is not read: the draft uses the target's embeddings, and its first layer has no input norm.
 IGNORED = ("embed_tokens.weight", "layers.0.input_layernorm.weight")
-
-
-def is_draft(names: Any) -> bool:
-    """Whether tensors of these names are a draft's."""
-    return {"fc.weight", "input_norm1.weight", "input_norm2.weight"} <= set(names)
 
 
 def is_draft_folder(path: Path) -> bool:

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from blockffn.checkpoints.draft import CARD, IGNORED, frequency_file_size, is_draft
+from blockffn.checkpoints.draft import CARD, IGNORED, frequency_file_size
 from blockffn.checkpoints.files import WEIGHT_SUFFIXES, StoredTensor, open_tensors, read_json
+from blockffn.checkpoints.layouts import is_draft
 from blockffn.checkpoints.load import check_folder, model_folder
 from blockffn.checkpoints.recognise import Folder, recognise
 from blockffn.metrics.cost import active_parameters, parameter_counts, weight_bytes_per_token

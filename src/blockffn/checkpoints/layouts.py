@@ -8,7 +8,7 @@ checkpoints written during their pre-training. Names map one to one; of the weig
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -131,3 +131,8 @@ def to_published(tensor: Tensor, name: str) -> Tensor:
     if name.endswith(_EXPERT_DOWN):
         return tensor.flatten(0, 1).T.contiguous()
     return tensor
+
+
+def is_draft(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are an EAGLE draft's."""
+    return {"fc.weight", "input_norm1.weight", "input_norm2.weight"} <= set(names)

@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from blockffn.checkpoints.files import CheckpointError, StoredTensor, open_tensors, read_json
-from blockffn.checkpoints.layouts import Experts, our_name, recognise_layout
+from blockffn.checkpoints.layouts import Experts, is_draft, our_name, recognise_layout
 from blockffn.configuration import BlockFFNConfig
 from blockffn.wording import counted
 
@@ -77,6 +77,10 @@ def recognise(path: Path) -> Folder:
     layout = recognise_layout(tensors)
     config_file = path / "config.json"
     theirs = read_json(config_file) if config_file.is_file() else None
+    if layout is None and is_draft(tensors):
+        raise CheckpointError(
+            f"{path} is an EAGLE draft; open it beside its target: generate MODEL --speculative {path}"
+        )
     if layout is None or (theirs is None and layout != "training"):
         names = ", ".join(list(tensors)[:3])
         missing = "config.json is missing" if theirs is None else f"its tensors are called {names} …"

@@ -6,6 +6,13 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a file of a tokenizer lies there, readable or not."""
+    return any((folder / name).is_file() for name in FILES)
+
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Open the tokenizer beside the weights, without running anything that the folder brings along.
@@ -17,6 +24,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none that can be read.
     """
+    if not has_tokenizer(folder):
+        raise ValueError(f"{folder} holds no tokenizer; copy tokenizer.json and tokenizer_config.json there")
     family = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
         tokenizer: PreTrainedTokenizerBase = family.from_pretrained(

@@ -74,6 +74,7 @@ def convert(
     from blockffn.checkpoints.convert import convert as convert_folder
     from blockffn.checkpoints.convert import receipt
     from blockffn.checkpoints.quantization_config import BlockFFNQuantizationConfig
+    from blockffn.checkpoints.tokenizer import has_tokenizer
 
     check_json(json_path)
     parts = {"ffn": ffn, "attention": attention, "embeddings": embeddings, "lm_head": lm_head}
@@ -130,7 +131,10 @@ def convert(
     total = sum(file.stat().st_size for file in files)
     in_files = f"{len(files)} files, the largest {largest / 1e6:.1f} MB" if len(files) > 1 else "1 file"
     console.print(f"{total / 1e6:.1f} MB in {in_files}; written to {out}", soft_wrap=True)
-    console.print(f"next: blockffn generate {out}", style="dim", soft_wrap=True)
+    following = f"next: blockffn generate {out}"
+    if not has_tokenizer(out):
+        following = f"no tokenizer was there to copy; put tokenizer.json into {out} to generate text"
+    console.print(following, style="dim", soft_wrap=True)
 
 
 def _summary(rows: list[StoredWeight]) -> Table:

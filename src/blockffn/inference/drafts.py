@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from blockffn.checkpoints.draft import is_draft, load_draft
+from blockffn.checkpoints.draft import load_draft
 from blockffn.checkpoints.files import open_tensors
+from blockffn.checkpoints.layouts import is_draft
 from blockffn.checkpoints.load import load, model_folder
 from blockffn.inference.backends import make_target
 from blockffn.inference.native_draft import NativeDraft
