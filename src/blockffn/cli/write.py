@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from blockffn.cli.output import print_next
 from blockffn.wording import counted
 
 
@@ -62,4 +63,4 @@ def write(
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     torn.replace(out)
     console.print(f"{counted(documents, 'document')} in {out}")
-    console.print(f"next: blockffn prepare {out} --tokenizer {path} --out FOLDER", style="dim", soft_wrap=True)
+    print_next(console, f"blockffn prepare {out} --tokenizer {path} --out FOLDER")

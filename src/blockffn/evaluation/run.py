@@ -105,7 +105,10 @@ def heldout_batches(
         align=align,
         max_rows=max_rows,
     )
-    bar = tqdm(batches, desc="held-out text", unit=" batches", leave=False, delay=1, disable=not sys.stderr.isatty())
+    bar = tqdm(
+        batches, bar_format="held-out text: batch {n_fmt}, {elapsed}", leave=False, delay=1,
+        disable=not sys.stderr.isatty(),
+    )  # fmt: skip
     return iter(bar), data
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from blockffn.evaluation.decoding.modes import Subject
 from blockffn.evaluation.decoding.ways import Run, Way
@@ -54,7 +55,11 @@ def make_peers(names: Sequence[str], subject: Subject, precision: str, capacity:
 
 
 class HuggingFaceGenerate:
-    """`model.generate(do_sample=False)`, timed from its first new token to its last."""
+    """`model.generate(do_sample=False)`, timed from its first new token to its last.
+
+    What the model's own `generation_config` says of sampling, beams and penalties is set aside meanwhile: `generate`
+    takes from there whatever its caller leaves open.
+    """
 
     def __init__(self, name: str, model: BlockFFNForCausalLM) -> None:
         self.name, self._model = name, model
@@ -62,12 +67,16 @@ class HuggingFaceGenerate:
     def run(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Run:
         model, clock = self._model, _Clock()
         ids = torch.tensor([list(prompt_ids)], device=model.device)
+        own, model.generation_config = model.generation_config, GenerationConfig()
         begin = time.perf_counter()
-        with torch.no_grad():
-            out: Any = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
-                min_new_tokens=max_new_tokens, pad_token_id=0, streamer=clock,
-            )  # fmt: skip
+        try:
+            with torch.no_grad():
+                out: Any = model.generate(
+                    ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
+                    min_new_tokens=max_new_tokens, pad_token_id=0, streamer=clock,
+                )  # fmt: skip
+        finally:
+            model.generation_config = own
         first, last = clock.times[1], clock.times[-1]  # the first call has the prompt
         return Run(out[0, len(prompt_ids) :].tolist(), last - first, first - begin)
 
