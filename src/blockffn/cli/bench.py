@@ -59,7 +59,11 @@ def decode(
     ] = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Pieces of --text and no prompts.")] = False,
     peers: Annotated[
-        str, typer.Option(help="Others in the same rounds: huggingface, llama.cpp (a dense model of equal size).")
+        str,
+        typer.Option(
+            help="Others in the same rounds: huggingface, llama.cpp (a dense model of equal size and bits), "
+            "llama.cpp:Q4_0/Q8_0 (other formats, of the weights and of the head)."
+        ),
     ] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="New tokens of a prompt.")] = 128,
     max_prompt_tokens: Annotated[int, typer.Option(help="A longer prompt loses its beginning.")] = 512,

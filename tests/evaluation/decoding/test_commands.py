@@ -148,6 +148,7 @@ def test_a_wrong_draft_is_named_before_anything_is_said(models: Path, command: t
         (["--peers", "huggingface,huggingface"], "peer 'huggingface' is named twice"),
         (["--tasks", "cooking"], "no prompts of the kind 'cooking'"),
         (["--peers", "vllm"], "unknown peer 'vllm'"),
+        (["--peers", "llama.cpp:Q4_0/Q3"], "not written in 'Q3'"),
         (["-n", "500"], "at most 448"),
         (["--text-only"], "needs a --text"),
         (["--plot", "x.txt"], "must end in .png or .svg"),

@@ -42,7 +42,7 @@ class BenchSettings:
         screen_head: see `backends.make_target`.
         max_prompt_tokens: a longer prompt loses its beginning.
         rounds: every way takes every prompt so often.
-        peers: names out of `peers.PEERS`.
+        peers: names that `peers.check_peers` takes.
     """
 
     draft: str | None = None
