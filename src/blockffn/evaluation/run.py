@@ -27,6 +27,7 @@ from blockffn.data.tokenizer import tokenizer_hash
 from blockffn.evaluation.perplexity import Evaluation, evaluate
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.ops.device import choose_device
+from blockffn.wording import BATCHES_COUNT
 
 
 def load_run(
@@ -106,9 +107,8 @@ def heldout_batches(
         max_rows=max_rows,
     )
     bar = tqdm(
-        batches, bar_format="held-out text: batch {n_fmt}, {elapsed}", leave=False, delay=1,
-        disable=not sys.stderr.isatty(),
-    )  # fmt: skip
+        batches, desc="held-out text", bar_format=BATCHES_COUNT, leave=False, delay=1, disable=not sys.stderr.isatty()
+    )
     return iter(bar), data
 
 
