@@ -12,7 +12,8 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from blockffn import cli
-from blockffn.cli.output import doing, print_table, print_text
+from blockffn.cli.output import doing, print_next, print_table, print_text
+from blockffn.cli.train_draft import acceptance_table
 
 WORDS = "words and numbers [1] of a line that no terminal of this width holds " * 3
 
@@ -60,6 +61,33 @@ def test_an_error_is_broken_between_words_on_a_terminal_only(monkeypatch: pytest
     lines = cli._fitting(text).splitlines()
     assert " ".join(lines) == text
     assert [len(line) > 80 for line in lines].count(True) == 1  # the path, which stays whole
+
+
+def test_what_comes_next_can_be_copied_from_a_terminal_of_80_columns() -> None:
+    short, long = "blockffn report runs/x", f"blockffn prepare {'own-' * 13}.jsonl --tokenizer dense --out FOLDER"
+    shown, file = console(terminal=True)
+    print_next(shown, short, short)
+    assert file.getvalue() == f"next: {short}; {short}\n"
+    shown, file = console(terminal=True)
+    print_next(shown, short, long)
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[:2] == ["next:", f"  {short}"]
+    assert "\n".join(lines[2:]).replace(" \\\n    ", " ").strip() == long
+    shown, file = console(terminal=False)
+    print_next(shown, short, long)
+    assert file.getvalue() == f"next: {short}; {long}\n"
+
+
+def test_acceptance_of_a_draft_fits_80_columns() -> None:
+    row = {"acceptance_length": 2.345, "acceptance_by_depth": [1.0, 0.5, 0.25, 0.125, 0.0625]}
+    card = {"heldout_text": row, "decoding": {"chain": row, "tree": row, "ngram": None}}
+    shown, file = console(terminal=True)
+    print_table(shown, acceptance_table(card))
+    lines = [line for line in file.getvalue().splitlines() if line.strip()]
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].split() == ["greedy", "decoding,", "tree", "2.35", "100", "50", "25", "12", "6"]
+    assert "n-grams" not in file.getvalue()
 
 
 @pytest.mark.parametrize("command", [["bench", "decode"], ["advise"], ["convert"]])

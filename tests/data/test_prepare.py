@@ -4,6 +4,7 @@ import errno
 import filecmp
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ def test_every_document_is_stored_between_bos_and_eos(prepared: Path) -> None:
     documents = documents_of(prepared, "train") + documents_of(prepared, "valid")
     assert sorted(texts_of(prepared, "train") + texts_of(prepared, "valid")) == sorted(sentences(200, seed=1))
     assert all(ids[0] == 1 and ids[-1] == 2 and 1 not in ids[1:] and 2 not in ids[:-1] for ids in documents)
+
+
+def test_bars_are_in_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json_lines(tmp_path / "cats.jsonl", sentences(200, seed=1))
+    prepare([str(tmp_path / "cats.jsonl")], tmp_path / "out", vocab_size=300, progress=True)
+    shown = capsys.readouterr().err
+    assert re.search(r"reading [\d.]+k?B, ", shown)
+    assert re.search(r"tokenising .*\| [\d.]+k?B of [\d.]+k?B, ", shown)
 
 
 def test_the_manifest_counts_what_is_there(prepared: Path) -> None:

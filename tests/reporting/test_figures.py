@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from blockffn.reporting import chart, figures
+from blockffn.reporting import chart, evidence_figures, figures
 from blockffn.reporting.palette import DARK, LIGHT, STEPS, USE_BOUNDS, even_bounds, step_of
 from blockffn.reporting.run import Layer, SampleToken
 from blockffn.reporting.svg import TIP, inline_svg
@@ -149,6 +149,31 @@ def test_a_sample_with_any_text_can_be_drawn() -> None:
     drawn = "".join(texts(figure))
     assert drawn.startswith("$x^{é中🙂\ufffdlong")
     figure.canvas.draw()
+
+
+def test_a_histogram_leaves_out_the_far_ends_and_counts_them() -> None:
+    counts = [0.0, 400.0, 590.0, 400.0, *[0.0] * 15, 2.0]
+    edges = [float(x) for x in range(10, 31)]
+    fit = {"means": [12.4, 12.6], "deviations": [0.6, 2.0], "shares": [0.9, 0.1]}
+    figure = evidence_figures.histogram(edges, counts, fit)
+    axes = figure.axes[0]
+    assert axes.get_xlim() == (11.0, 14.0)
+    assert "2 more are beyond" in axes.get_xlabel()
+    assert "beyond" not in evidence_figures.histogram(edges[:5], counts[:4], fit).axes[0].get_xlabel()
+    figure.draw_without_rendering()
+    first, second = (text.get_window_extent() for text in axes.texts)
+    assert first.x1 < second.x0  # means that are near have their numbers apart
+    bars = [bar.get_window_extent() for bar in axes.patches if not str(bar.get_gid()).startswith(TIP)]
+    assert all(bar.y1 <= min(first.y0, second.y0) for bar in bars)
+
+
+def test_a_drawing_in_the_page_has_no_ground_of_its_own() -> None:
+    """What the page draws behind it, the shadow that says there is more to scroll to, stays visible."""
+    svg = inline_svg(figures.training([1, 2], [4.0, 3.0], sparsity={}), "training", "loss")
+    grounds = [part for part in svg.split("<g ") if part.startswith(('id="training-patch_1"', 'id="training-patch_2"'))]
+    assert len(grounds) == 2
+    for ground in grounds:
+        assert "fill: none" in ground or "opacity: 0" in ground, ground
 
 
 def test_drawing_leaves_the_callers_style_alone() -> None:

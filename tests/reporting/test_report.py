@@ -117,6 +117,7 @@ def test_figures_follow_light_and_dark(finished: Path) -> None:
     drawings = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
     assert "var(--blue)" in drawings
     assert re.findall(r"(?:fill|stroke): #[0-9a-f]{6}", drawings) == []
+    assert set(re.findall(r"font-family: ([^;\"]*)", drawings)) == {"var(--sans)"}
     assert set(re.findall(r"var\(--([a-z0-9-]+)", text)) <= set(re.findall(r"--([a-z0-9-]+):", text))
 
 
@@ -234,3 +235,13 @@ def test_a_diverged_run_still_gives_a_page(run: Path) -> None:
     words = report(run).words
     assert "Perplexity ∞" in words
     assert "Held-out loss –" in words
+
+
+def test_a_card_is_shown_for_what_is_known_and_speed_comes_from_the_log(run: Path) -> None:
+    (run / "summary.json").unlink()
+    page = report(run)
+    assert "Training tokens/s 21,000" in page.words
+    assert "–" not in page.words.split("Sparsity rises")[0]
+    rows = (run / "metrics.jsonl").read_text().replace('"tokens_per_second": 21000.0, ', "")
+    (run / "metrics.jsonl").write_text(rows)
+    assert "tokens/s" not in report(run).words

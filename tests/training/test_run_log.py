@@ -48,3 +48,23 @@ def test_the_time_left_leaves_out_the_first_step_in_which_the_model_compiles(
     assert bar.format_dict["left"] == ", 00:06 left"
     monkeypatch.undo()
     bar.close()
+
+
+@pytest.mark.parametrize(("columns", "last"), [(80, "held out 2.71"), (120, "tok/s 1,234,567")])
+def test_a_bar_never_exceeds_the_terminal_and_drops_whole_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int, last: str
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(run_log.sys, "stderr", screen)
+    shown = (("loss", "loss", "{:.3f}"), ("accepted", "tokens/step", "{:.2f}"), ("heldout", "held out", "{:.2f}"))
+    log = RunLog(tmp_path, first_step=0, steps=10_000, tensorboard=False, shown=shown)
+    log._bar.ncols, log._bar.dynamic_ncols = columns, None
+    log._bar._first = 0, run_log.time.monotonic() - 60
+    log._bar.n = 5000
+    log.write({"step": 5000, "loss": 12.3456, "accepted": 2.5, "heldout": 2.71, "tokens_per_second": 1234567.0})
+    line = screen.getvalue().split("\r")[-1]
+    log.close()
+    assert len(line) <= columns
+    assert line.rstrip().endswith(last), line
+    assert "left, loss 12.346, tokens/step 2.50, held out 2.71" in line

@@ -107,7 +107,7 @@ def receipt(rows: list[StoredWeight]) -> dict[str, Any]:
         "bytes": sum(row.num_bytes for row in rows),
         "tensors": [
             {"name": row.name, "shape": list(row.shape), "format": row.format, "bytes": row.num_bytes,
-             "relative_error": row.error}
+             "padding_bytes": row.padding_bytes, "relative_error": row.error}
             for row in rows
         ],
     }  # fmt: skip

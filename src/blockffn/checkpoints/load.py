@@ -20,9 +20,7 @@ from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.models.rotary import RotaryEmbedding
 from blockffn.ops.device import choose_device
 from blockffn.ops.native import empty_huge
-from blockffn.wording import counted
-
-BYTES_BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left"
+from blockffn.wording import BYTES_BAR, counted
 
 
 def model_folder(path: Path) -> Path:

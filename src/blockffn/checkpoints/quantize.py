@@ -123,7 +123,8 @@ def _stored(model: BlockFFNForCausalLM, name: str, parameter: nn.Parameter, erro
     module = model.get_submodule(module_name)
     assert isinstance(module, PackedModule)
     error = errors.get(module_name, 0.0)
-    return StoredWeight(module_name, module.unpacked_shape, module.format, parameter.nbytes, error)
+    shape, padding = module.unpacked_shape, module.padding_bytes
+    return StoredWeight(module_name, shape, module.format, parameter.nbytes, error, padding)
 
 
 def unpack_model(model: BlockFFNForCausalLM, dtype: torch.dtype) -> None:

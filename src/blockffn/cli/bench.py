@@ -59,7 +59,11 @@ def decode(
     ] = None,
     text_only: Annotated[bool, typer.Option("--text-only", help="Pieces of --text and no prompts.")] = False,
     peers: Annotated[
-        str, typer.Option(help="Others in the same rounds: huggingface, llama.cpp (a dense model of equal size).")
+        str,
+        typer.Option(
+            help="Others in the same rounds: huggingface, llama.cpp (a dense model of equal size and bits), "
+            "llama.cpp:Q4_0/Q8_0 (other formats, of the weights and of the head)."
+        ),
     ] = "",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="New tokens of a prompt.")] = 128,
     max_prompt_tokens: Annotated[int, typer.Option(help="A longer prompt loses its beginning.")] = 512,
@@ -90,7 +94,7 @@ def decode(
 
     same = draft if draft in (None, "none", "ngram", "auto") or str(draft).startswith("oracle:") else "none"
     settings = BenchSettings(
-        draft=_draft(path, draft), dense_draft=None if dense is None else _draft(dense, dense_draft or same),
+        draft=draft, dense_draft=dense_draft or same,
         priced=not free_draft, tree=int(tree) if tree.isdecimal() else tree,
         backend=backend, precision=precision, screen_head=screen_head, device=device, max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens, rounds=rounds, peers=_words(peers),
@@ -111,16 +115,6 @@ def decode(
         plot_path.parent.mkdir(parents=True, exist_ok=True)
         decoding_rates(report.to_dict()).savefig(plot_path, dpi=150)
         console.print(f"written to {plot_path}", style="dim", soft_wrap=True)
-
-
-def _draft(path: Path, draft: str | None) -> str | None:
-    """`none` is no draft; unless a draft is named, it is the one beside the model, if there is one."""
-    from blockffn.inference.drafts import find_draft
-
-    if draft is None:
-        beside = find_draft(path)
-        return None if beside is None else str(beside)
-    return None if draft == "none" else draft
 
 
 def _prompts(

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from blockffn.cli.output import check_json, write_json
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from blockffn.ops.quantization import StoredWeight
+from blockffn.cli.output import check_json, print_next, print_table, table_console, write_json
+from blockffn.cli.weights import weights_table
 
 _Format = Annotated[str | None, typer.Option(help="int8, int4 or keep.", show_default="as --quantize")]
 _TableFormat = Annotated[
@@ -69,7 +65,6 @@ def convert(
 
     Example: blockffn convert runs/demo/blockffn --quantize int4 --out runs/demo-int4
     """
-    from rich.console import Console
 
     from blockffn.checkpoints.convert import convert as convert_folder
     from blockffn.checkpoints.convert import receipt
@@ -81,7 +76,7 @@ def convert(
     chosen = {part: None if value == "keep" else value for part, value in parts.items() if value is not None}
     if quantize is None and chosen:
         raise ValueError(f"--{next(iter(chosen)).replace('_', '-')} says how to quantise a part; add --quantize int8")
-    console = Console()
+    console = table_console()
     if from_dense:
         if quantize is not None or to != "ours":
             raise ValueError("--from-dense writes our layout, not quantised; convert its result once more")
@@ -96,10 +91,7 @@ def convert(
         if made["stages"]:
             console.print(receipt_table(made))
         console.print(f"written to {out}; its logits differed by {made['load_difference']:.1e} when it was loaded")
-        console.print(
-            f"next: blockffn train --start-from {out} --teacher DENSE --data FOLDER --out RUN", style="dim",
-            soft_wrap=True,
-        )  # fmt: skip
+        print_next(console, f"blockffn train --start-from {out} --teacher DENSE --data FOLDER --out RUN")
         return
     quantization = None
     if quantize is not None:
@@ -125,41 +117,13 @@ def convert(
         progress=sys.stderr.isatty(),
     )
     write_json(json_path, receipt(rows))
-    console.print(_summary(rows))
+    print_table(console, weights_table(rows))
     files = sorted(out.glob("*.safetensors"))
     largest = max(file.stat().st_size for file in files)
     total = sum(file.stat().st_size for file in files)
     in_files = f"{len(files)} files, the largest {largest / 1e6:.1f} MB" if len(files) > 1 else "1 file"
     console.print(f"{total / 1e6:.1f} MB in {in_files}; written to {out}", soft_wrap=True)
-    following = f"next: blockffn generate {out}"
-    if not has_tokenizer(out):
-        following = f"no tokenizer was there to copy; put tokenizer.json into {out} to generate text"
-    console.print(following, style="dim", soft_wrap=True)
-
-
-def _summary(rows: list[StoredWeight]) -> Table:
-    """Tensors of the same name in all layers share a line, with the largest of their errors."""
-    import math
-    import re
-
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("tensor", overflow="fold")
-    for heading in ("shape", "layers", "format", "bits", "MB", "error"):
-        table.add_column(heading, justify="right")
-    groups: dict[tuple[str, str], list[StoredWeight]] = {}
-    for row in rows:
-        name = re.sub(r"\.\d+\.", ".*.", row.name).removeprefix("model.").removeprefix("layers.*.")
-        name = name.removesuffix(".weight")
-        groups.setdefault((name, row.format), []).append(row)
-    for (name, format), group in groups.items():
-        size = sum(row.num_bytes for row in group)
-        error = max(row.error for row in group)
-        bits = 8 * size / sum(math.prod(row.shape) for row in group)
-        table.add_row(
-            name, "×".join(map(str, group[0].shape)), str(len(group)) if len(group) > 1 else "", format, f"{bits:.2f}",
-            f"{size / 1e6:.2f}", f"{error:.2%}" if error else "",
-        )  # fmt: skip
-    return table
+    if has_tokenizer(out):
+        print_next(console, f"blockffn generate {out}")
+    else:
+        console.print(f"no tokenizer was there to copy; put tokenizer.json into {out} to generate text", style="dim")

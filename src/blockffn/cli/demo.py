@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from blockffn.cli.output import check_json, write_json
+from blockffn.cli.output import check_json, print_next, write_json
 
 
 def register(app: typer.Typer) -> None:
@@ -60,5 +60,5 @@ def demo(
         style="dim",
     )
     console.print(f"report: [bold]{summary['report']}[/]", soft_wrap=True)
-    console.print(f"next: blockffn generate {out / 'blockffn'} --prompt 'import '", style="dim", soft_wrap=True)
+    print_next(console, f"blockffn generate {out / 'blockffn'} --prompt 'import '")
     write_json(json_path, summary)

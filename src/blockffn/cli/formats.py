@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from blockffn.cli.output import check_json, write_json
+from blockffn.cli.output import check_json, print_table, table_console, write_json
+from blockffn.cli.weights import errors_table, share_lines, weights_table
 
 
 def register(app: typer.Typer) -> None:
@@ -16,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def formats(
     path: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a run, or of a model.", show_default=False)],
-    format: Annotated[str, typer.Option(help="Format to show tensor by tensor: f32, bf16, int8 or int4.")] = "int8",
+    format: Annotated[str, typer.Option(help="Format whose tensors are listed: f32, bf16, int8 or int4.")] = "int8",
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write both tables to this file.")] = None,
 ) -> None:
@@ -28,17 +29,18 @@ def formats(
     from blockffn.checkpoints.quantize import is_packed
     from blockffn.evaluation.formats import format_errors, stored_weights
     from blockffn.evaluation.run import load_run
-    from blockffn.ops.quantization import coverage_table
 
     model, _ = load_run(path, device="cpu")
     if is_packed(model):
         raise ValueError(f"{path} is quantised already; name the model that it was made from")
     weights = stored_weights(model, format, group_size=group_size)
     errors = format_errors(model, group_size=group_size)
-    print(coverage_table(weights))
-    print("\nformat  bits/weight  relative error of the sparse FFN's output")
-    for row in errors:
-        print(f"{row.format:<6}  {row.bits_per_weight:>11.2f}  {row.output_error:>14.3%}")
+    console = table_console()
+    print_table(console, weights_table(weights))
+    for line in share_lines(weights):
+        console.print(line)
+    console.print()
+    print_table(console, errors_table(errors))
     write_json(
         json_path,
         {"model": str(path), "group_size": group_size, "tensors": [asdict(w) for w in weights],

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blockffn.wording import counting_bar
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -69,7 +71,7 @@ def convert_dense(
         with tqdm(
             total=model.config.num_hidden_layers,
             desc="making experts",
-            unit="layer",
+            bar_format=counting_bar("layers"),
             leave=False,
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),

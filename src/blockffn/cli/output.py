@@ -56,6 +56,25 @@ def print_text(console: Console, text: str, *, style: str | None = None) -> None
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
+def print_next(console: Console, *commands: str) -> None:
+    """What to enter next. A line that a terminal has no room for is broken so that it can still be copied whole."""
+    line = f"next: {'; '.join(commands)}"
+    if console.is_terminal and len(line) > console.width:
+        line = "\n".join(["next:", *(_broken(command, console.width) for command in commands)])
+    console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _broken(command: str, width: int) -> str:
+    """A command, broken before options where its lines are longer than `width`; a single long word stays whole."""
+    lines = ["  "]
+    for part in command.replace(" --", "\n--").split("\n"):
+        if len(lines[-1]) + len(part) + len(" \\") > width and lines[-1].strip():
+            lines[-1] = lines[-1].rstrip() + " \\"
+            lines.append("    ")
+        lines[-1] += part + " "
+    return "\n".join(lines).rstrip()
+
+
 @contextmanager
 def doing(console: Console, text: str) -> Iterator[None]:
     """Say what takes a while, on a terminal only, and take it back at the end. The line stands still: a moving one

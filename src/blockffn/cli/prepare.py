@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from blockffn.cli.output import print_next
 from blockffn.wording import counted
 
 
@@ -65,4 +66,4 @@ def prepare(
         sizes = (split.documents, "document"), (split.tokens, "token"), (split.bytes, "byte")
         console.print(f"{name:>6}: " + ", ".join(counted(number, noun) for number, noun in sizes))
     console.print(f"vocabulary {manifest.vocab_size:,}; written to {out}")
-    console.print(f"next: blockffn train --data {out} --out runs/my-model", style="dim")
+    print_next(console, f"blockffn train --data {out} --out runs/my-model")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from blockffn.cli.output import check_json, write_json
+from blockffn.cli.output import check_json, print_next, write_json
 from blockffn.wording import counted
 
 
@@ -108,9 +108,7 @@ def train(
         f"trained {counted(result.step, 'step')} on {counted(result.tokens, 'token')} in "
         f"{result.seconds:.0f} s; model in {out / 'model'}"
     )
-    console.print(
-        f"next: blockffn evaluate {out}; blockffn report {out}; blockffn generate {out} --prompt '…'", style="dim"
-    )
+    print_next(console, f"blockffn evaluate {out}", f"blockffn report {out}", f"blockffn generate {out} --prompt '…'")
 
 
 def folder_weights(data: list[str]) -> dict[str, float]:

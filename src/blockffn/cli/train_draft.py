@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockffn.cli.output import check_json, write_json
+from blockffn.cli.output import check_json, print_table, print_text, table_console, write_json
 from blockffn.wording import counted
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def register(app: typer.Typer) -> None:
@@ -50,13 +53,11 @@ def train_draft(
 
     Example: blockffn train-draft runs/mini --data runs/books --out runs/draft steps=1000
     """
-    from rich.console import Console
-
     from blockffn.cli.train import folder_weights
     from blockffn.settings import from_dict, load_yaml, merge, parse_overrides, to_dict
     from blockffn.training.draft.settings import DraftTrainSettings
 
-    console = Console()
+    console = table_console()
     check_json(json_path)
     if resume and model is not None and "=" in str(model):  # the only argument left is a setting
         overrides, model = [str(model), *(overrides or [])], None
@@ -93,26 +94,31 @@ def train_draft(
 
     result = run_training(settings, out, resume=resume, device=device, progress=True)
     if result.interrupted:
-        console.print(f"stopped after step {result.step}; go on with: blockffn train-draft --resume --out {out}")
+        print_text(console, f"stopped after step {result.step}; go on with: blockffn train-draft --resume --out {out}")
         raise typer.Exit(130)
     card = json.loads((out / "model" / CARD).read_text(encoding="utf-8"))
     write_json(json_path, card)
-    console.print(
+    print_text(
+        console,
         f"trained {counted(result.step, 'step')} on {counted(result.tokens, 'token')} in {result.seconds:.0f} s; "
         f"draft of {card['parameters']:,} parameters, {card['bytes'] / 1e6:.1f} MB, in {out / 'model'}",
-        soft_wrap=True,
     )
-    for line in card_lines(card):
-        console.print(line, highlight=False, soft_wrap=True)
+    print_table(console, acceptance_table(card))
 
 
-def card_lines(card: dict[str, Any]) -> list[str]:
+def acceptance_table(card: dict[str, Any]) -> Table:
     """Acceptance for a person: one line for held-out text, one for each way of drafting."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("draft for")
+    table.add_column("tokens per verification", justify="right")
+    table.add_column("accepted by depth, %")
+    labels = {"chain": "greedy decoding, chain", "tree": "greedy decoding, tree", "ngram": "the same, n-grams instead"}
     rows = [("the text as it is, chain", card["heldout_text"])]
-    labels = {"chain": "greedy decoding, chain", "tree": "greedy decoding, tree", "ngram": "… n-grams, no training"}
     rows += [(label, card["decoding"][name]) for name, label in labels.items() if card["decoding"][name]]
-    return [
-        f"{label:>26}: {row['acceptance_length']:.2f} tokens per verification; accepted by depth "
-        + " ".join(f"{rate:.0%}" for rate in row["acceptance_by_depth"])
-        for label, row in rows
-    ]
+    for label, row in rows:
+        by_depth = " ".join(f"{100 * rate:.0f}" for rate in row["acceptance_by_depth"])
+        table.add_row(label, f"{row['acceptance_length']:.2f}", by_depth)
+    return table

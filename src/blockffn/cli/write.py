@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from blockffn.wording import counted
+from blockffn.cli.output import print_next
+from blockffn.wording import counted, counting_bar
 
 
 def register(app: typer.Typer) -> None:
@@ -57,9 +58,10 @@ def write(
     out.parent.mkdir(parents=True, exist_ok=True)
     with torn.open("w", encoding="utf-8") as file:
         for text in tqdm(
-            texts, total=documents, unit="document", leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()
-        ):
+            texts, desc="writing", total=documents, bar_format=counting_bar("documents"), leave=False,
+            dynamic_ncols=True, disable=not sys.stderr.isatty(),
+        ):  # fmt: skip
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     torn.replace(out)
     console.print(f"{counted(documents, 'document')} in {out}")
-    console.print(f"next: blockffn prepare {out} --tokenizer {path} --out FOLDER", style="dim", soft_wrap=True)
+    print_next(console, f"blockffn prepare {out} --tokenizer {path} --out FOLDER")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from blockffn.data.documents import OWN_SPLITS, Document, read_documents
 from blockffn.data.manifest import Source
+from blockffn.wording import BYTES_COUNT
 
 TOLERANCE = 3
 """Whole documents are held out if that yields the share asked for within this factor; otherwise each one's end is."""
@@ -74,7 +75,9 @@ class Corpus:
         total = {"train": 0, "valid": 0}
         cut = set()
         sample = _Sample(sample_bytes)
-        with tqdm(desc="reading", unit="B", unit_scale=True, disable=not progress, leave=False) as bar:
+        with tqdm(
+            desc="reading", unit="B", unit_scale=True, disable=not progress, leave=False, bar_format=BYTES_COUNT
+        ) as bar:
             for name in self.sources:
                 found, texts = self._survey(name, False, sample_bytes, bar)
                 if self._holds_out and name not in OWN_SPLITS and not self._fits(found):

@@ -31,6 +31,7 @@ from blockffn.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
+from blockffn.wording import BYTES_BAR
 
 __all__ = ["Manifest", "load_manifest", "prepare"]
 
@@ -114,6 +115,7 @@ def _write(
             disable=not progress,
             leave=False,
             dynamic_ncols=True,
+            bar_format=BYTES_BAR,
         ) as bar:
             for batch in _batches(corpus.documents(survey.cut)):
                 encoded = _encode(tokenizer, [document.text for _, document, _ in batch])

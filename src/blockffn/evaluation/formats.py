@@ -29,7 +29,7 @@ PLAIN = "bf16"  # of what is not quantised
 
 @dataclass(frozen=True)
 class FormatError:
-    """Mean relative error of a sparse FFN's output, and the bits of one of its weights, scales included."""
+    """Mean relative error of a sparse FFN's output, and bits of one of its weights: scales included, padding not."""
 
     format: str
     bits_per_weight: float
@@ -39,7 +39,7 @@ class FormatError:
 def stored_weights(
     model: BlockFFNForCausalLM, format: str, *, group_size: int = DEFAULT_GROUP_SIZE
 ) -> list[StoredWeight]:
-    """Every parameter with the format that it gets, its size and its error; `coverage_table` prints them.
+    """Every parameter with the format that it gets, its size and its error.
 
     Raises:
         ValueError: unknown format or group size.
@@ -60,7 +60,8 @@ def stored_weights(
         ]
         error = relative_error(matrix.flatten(0, -2), torch.cat([one.unpack() for one in packed]))
         num_bytes = sum(one.layout.num_bytes for one in packed)
-        rows.append(StoredWeight(name, tuple(weight.shape), format, num_bytes, error))
+        padding = sum(one.layout.padding_bytes for one in packed)
+        rows.append(StoredWeight(name, tuple(weight.shape), format, num_bytes, error, padding))
     return rows
 
 
@@ -91,7 +92,8 @@ def _output_error(block: BlockFFN, x: Tensor, format: str, group_size: int) -> t
     expected = sparse_ffn(x, up, down, weights.to(x.dtype), gate_proj_EFD=gate, backend="reference")
     y = sparse_ffn_packed(x.cpu(), packed, weights.cpu())
     count = sum(tensor.numel() for tensor in (up, down, gate) if tensor is not None)
-    return packed.data.numel() * 8 / count, relative_error(expected.cpu(), y)
+    num_bytes = packed.data.numel() - packed.padding_bytes
+    return num_bytes * 8 / count, relative_error(expected.cpu(), y)
 
 
 def _mean(pairs: list[tuple[float, float]]) -> tuple[float, float]:

@@ -27,6 +27,7 @@ from blockffn.data.tokenizer import tokenizer_hash
 from blockffn.evaluation.perplexity import Evaluation, evaluate
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.ops.device import choose_device
+from blockffn.wording import BATCHES_COUNT
 
 
 def load_run(
@@ -105,7 +106,9 @@ def heldout_batches(
         align=align,
         max_rows=max_rows,
     )
-    bar = tqdm(batches, desc="held-out text", unit=" batches", leave=False, delay=1, disable=not sys.stderr.isatty())
+    bar = tqdm(
+        batches, desc="held-out text", bar_format=BATCHES_COUNT, leave=False, delay=1, disable=not sys.stderr.isatty()
+    )
     return iter(bar), data
 
 

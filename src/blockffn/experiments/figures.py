@@ -140,8 +140,13 @@ def granularity(counts: Mapping[int, Result]) -> Figure:
     numbers = sorted(counts)
     series = {name: [counts[n].values[name] or math.nan for n in numbers] for name in ("heldout_loss", "tls", "cls8")}
     left.plot(numbers, series["heldout_loss"], color=BLUE, marker="o", markersize=4)
-    for x, y in zip(numbers, series["heldout_loss"]):
-        left.annotate(f"{y:.3f}", (x, y), (0, 6), textcoords="offset points", ha="center", color=BLUE)
+    losses = series["heldout_loss"]
+    for i, (x, y) in enumerate(zip(numbers, losses)):
+        # On the side that the line does not come from.
+        beside = losses[max(i - 1, 0) : i + 2]
+        above = y >= sum(beside) / len(beside)
+        left.annotate(f"{y:.3f}", (x, y), (0, 6 if above else -6), textcoords="offset points", ha="center",
+                      va="bottom" if above else "top", color=BLUE)  # fmt: skip
     left.margins(x=0.1, y=0.3)
     left.set_title("Held-out loss, nats per token")
     ends = []

@@ -53,6 +53,11 @@ class PackedModule(nn.Module):
         """Of the weights that `packed` stands for; for experts `[matrices, E, F, D]`."""
         raise NotImplementedError
 
+    @property
+    def padding_bytes(self) -> int:
+        """Bytes of `packed` that are neither a weight nor a scale of one."""
+        raise NotImplementedError
+
     def _allocate(self, *shape: int) -> None:
         self.packed = nn.Parameter(torch.empty(shape, dtype=torch.uint8), requires_grad=False)
 
@@ -81,6 +86,10 @@ class PackedLinear(PackedModule):
     @property
     def unpacked_shape(self) -> tuple[int, ...]:
         return self.out_features, self.in_features
+
+    @property
+    def padding_bytes(self) -> int:
+        return self.layout.padding_bytes
 
     def forward(self, x: Tensor) -> Tensor:
         y_TN = linear(x.reshape(-1, self.in_features), PackedMatrix(self.packed, self.layout))
@@ -114,6 +123,10 @@ class PackedEmbedding(PackedModule):
     @property
     def unpacked_shape(self) -> tuple[int, ...]:
         return self.num_embeddings, self.embedding_dim
+
+    @property
+    def padding_bytes(self) -> int:
+        return self.layout.padding_bytes
 
     def forward(self, ids: Tensor) -> Tensor:
         return unpack_rows(self.packed, self.layout, ids).to(self.precision.dtype)
@@ -157,6 +170,10 @@ class PackedRoutedExperts(PackedModule):
     @property
     def unpacked_shape(self) -> tuple[int, ...]:
         return 3 if self.gated else 2, self.packed.shape[0], self.up.outputs, self.up.inputs
+
+    @property
+    def padding_bytes(self) -> int:
+        return self.experts.padding_bytes
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """Tokens `[..., D]` and routing weights `[..., E]` to `[..., D]`."""

@@ -8,7 +8,6 @@ kernels multiply with, and so defines what a format costs in accuracy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockffn.ops.native import FORMATS, empty_huge
+from blockffn.wording import counted
 
 STRIP = 32  # outputs that lie side by side
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZE = 64
+LARGEST_WEIGHT = 65504  # weight whose group has a scale in float16
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ class MatrixLayout:
         bits = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4}[self.format]
         scales = self.padded_inputs // self.group_size * 2 if self.group_size else 0
         return self.strips * STRIP * (self.padded_inputs * bits // 8 + scales)
+
+    @property
+    def padding_bytes(self) -> int:
+        """Those of `num_bytes` that fill up strips and groups: neither a weight nor a scale of one."""
+        bits = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4}[self.format]
+        scales = math.ceil(self.inputs / self.group_size) * 2 if self.group_size else 0
+        return self.num_bytes - self.outputs * (math.ceil(self.inputs * bits / 8) + scales)
 
 
 def pack_matrix(weight: Tensor, layout: MatrixLayout) -> Tensor:
@@ -153,8 +161,12 @@ def quantize(weight: Tensor, *, bits: int, group_size: int) -> tuple[Tensor, Ten
     """
     groups = weight.float().unflatten(-1, (-1, group_size))
     largest = groups.abs().amax(dim=-1)
-    if not torch.isfinite(largest).all() or largest.max() > 65504:
-        raise ValueError("cannot quantise weights that are NaN, infinite or above 65504; use format='bf16'")
+    if not torch.isfinite(largest).all() or largest.max() > LARGEST_WEIGHT:
+        count = int((~(groups.abs() <= LARGEST_WEIGHT)).sum())
+        raise ValueError(
+            f"{counted(count, 'weight')} of {groups.numel():,} cannot be stored in int{bits}: NaN, infinite or above "
+            f"{LARGEST_WEIGHT}; leave int{bits} out to keep them as they are"
+        )
     if bits == 8:
         scales = (largest / 127).half()
         return _codes(groups, scales, -127, 127).flatten(-2), scales
@@ -234,6 +246,11 @@ class PackedExperts:
     def hidden_size(self) -> int:
         return self.up.inputs
 
+    @property
+    def padding_bytes(self) -> int:
+        """Bytes of `data` that are neither a weight nor a scale of one."""
+        return self.num_experts * (self.up.padding_bytes * (2 if self.gated else 1) + self.down.padding_bytes)
+
     def unpack(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """`(up, down, gate)` as float32 `[E, F, D]`: the values that the kernels multiply with."""
         size = self.up.num_bytes
@@ -307,26 +324,17 @@ def relative_error(weight: Tensor, stored: Tensor) -> float:
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One line of `coverage_table`: a tensor, the format it is stored in and what that costs in accuracy."""
+    """A tensor, the format it is stored in and what that costs in accuracy.
+
+    Attributes:
+        num_bytes: as stored, with scales and padding.
+        error: relative, in the Frobenius norm.
+        padding_bytes: those of `num_bytes` that fill up strips and groups of a packed matrix.
+    """
 
     name: str
     shape: tuple[int, ...]
     format: str
     num_bytes: int
     error: float
-
-
-def coverage_table(weights: Iterable[StoredWeight]) -> str:
-    """What is quantised and what is not, in plain text: one line for each tensor, then totals for each format."""
-    rows = list(weights)
-    width = max((len(row.name) for row in rows), default=4)
-    lines = [f"{'tensor':<{width}}  {'shape':>18}  format  bits/weight  relative error"]
-    for row in rows:
-        bits = row.num_bytes * 8 / math.prod(row.shape)
-        shape = "x".join(map(str, row.shape))
-        lines.append(f"{row.name:<{width}}  {shape:>18}  {row.format:>6}  {bits:>11.2f}  {row.error:>14.2%}")
-    total = sum(math.prod(row.shape) for row in rows)
-    for format in sorted({row.format for row in rows}):
-        count = sum(math.prod(row.shape) for row in rows if row.format == format)
-        lines.append(f"{format}: {count / 1e6:.2f} M weights, {count / total:.1%} of all")
-    return "\n".join(lines)
+    padding_bytes: int = 0

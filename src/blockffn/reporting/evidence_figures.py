@@ -14,6 +14,8 @@ from blockffn.reporting import chart
 from blockffn.reporting.chart import BLUE, GREEN, GREY, MUTED, ORANGE, styled
 from blockffn.reporting.palette import LIGHT
 
+OUTLIERS = 0.004  # of the vocabulary items
+
 
 @styled
 def classes(shares: Mapping[str, tuple[float, int]], mean: float) -> Figure:
@@ -44,10 +46,14 @@ def classes(shares: Mapping[str, tuple[float, int]], mean: float) -> Figure:
 
 @styled
 def histogram(edges: Sequence[float], counts: Sequence[float], fit: Mapping[str, Any]) -> Figure:
-    """How many vocabulary items activate which share of the experts, with the two fitted normal distributions."""
+    """How many vocabulary items activate which share of the experts, with the two fitted normal distributions.
+
+    The few items at the far ends, `OUTLIERS` of all, are not shown; the label of the axis counts them.
+    """
     figure = chart.blank(2.9)
     axes = figure.subplots()
     widths = np.diff(edges)
+    limits, beyond = _bulk(edges, counts)
     axes.bar(edges[:-1], counts, widths * 0.92, align="edge", color=LIGHT["step-3"], linewidth=0)
     for left, width, count in zip(edges, widths, counts):
         chart.hover(axes, left, 0, width, max(count, 1), f"{left:.1f} to {left + width:.1f} %\n{count:,.0f} items")
@@ -57,17 +63,29 @@ def histogram(edges: Sequence[float], counts: Sequence[float], fit: Mapping[str,
         items * share * np.exp(-0.5 * ((x - mean) / deviation) ** 2) / (deviation * math.sqrt(2 * math.pi))
         for mean, deviation, share in zip(fit["means"], fit["deviations"], fit["shares"])
     ]
-    for part, color, mean in zip(parts, (BLUE, ORANGE), fit["means"]):
+    axes.set_xlim(limits)
+    top = max(*counts, *sum(parts), 1)
+    axes.set_ylim(0, 1.2 * top)
+    places = chart.spread(fit["means"], 0.06 * (limits[1] - limits[0]))
+    for part, color, mean, place in zip(parts, (BLUE, ORANGE), fit["means"], places):
         axes.plot(x, part, color=color, linewidth=1.2, linestyle=(0, (4, 2)))
-        axes.annotate(f"{mean:.1f}", (mean, part.max()), (0, 4), textcoords="offset points", ha="center", color=color,
-                      weight="bold")  # fmt: skip
+        axes.annotate(f"{mean:.1f}", (place, 1.1 * top), ha="center", va="center", color=color, weight="bold",
+                      annotation_clip=True)  # fmt: skip
     axes.plot(x, sum(parts), color=GREY)
-    axes.set_xlim(edges[0], edges[-1])
-    axes.set_ylim(0, max(*counts, 1) * 1.08)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.set_title("Vocabulary items; dashed: two fitted normal distributions, grey: their sum")
-    axes.set_xlabel("experts active for the item, percent, mean over its occurrences and layers")
+    axes.set_title("Vocabulary items; dashed: two fitted normal distributions with their means, grey: their sum")
+    outside = f"; {beyond:,.0f} more are beyond" if beyond else ""
+    axes.set_xlabel(f"experts active for the item, percent, mean over its occurrences and layers{outside}")
     return figure
+
+
+def _bulk(edges: Sequence[float], counts: Sequence[float]) -> tuple[tuple[float, float], float]:
+    """Limits of the bins that hold all but `OUTLIERS` of the items, half of these at each end; and the items beyond."""
+    before, total = np.concatenate([[0.0], np.cumsum(counts)]), float(sum(counts))
+    first = int(np.searchsorted(before, OUTLIERS / 2 * total, side="right")) - 1
+    last = int(np.searchsorted(before, (1 - OUTLIERS / 2) * total, side="left"))
+    first, last = max(first, 0), min(max(last, first + 1), len(counts))
+    return (edges[first], edges[last]), total - float(before[last] - before[first])
 
 
 @styled

@@ -73,9 +73,11 @@ def footer(text: str) -> str:
 
 
 def cards(values: Mapping[str, Any], other: Mapping[str, Any], names: Sequence[str], other_name: str) -> str:
-    """One card per quantity, with the value of `other` and the difference where `other` has it."""
+    """A card for each quantity that is known, with the value of `other` and the difference where `other` has it."""
     found = []
     for name in names:
+        if values.get(name) is None and other.get(name) is None:
+            continue
         beside = ""
         if other.get(name) is not None and values.get(name) is not None:
             change = difference(name, values[name], other[name])

@@ -88,7 +88,7 @@ def _lead(run: Run, twin: Run | None) -> str:
 def _cards(run: Run, twin: Run | None) -> str:
     values = run.headline
     names = [name for name in HEADLINE if not (run.dense and name in ("tls", "cls8", "reuse_ratio"))]
-    if all(values.get(name) is None for name in names):
+    if all(values.get(name) is None for name in names if name != "tokens_per_second"):
         return page.missing("evaluation.json", "headline numbers")
     return page.cards(values, _other_headline(run, twin), names, _other_name(twin))
 

@@ -15,6 +15,7 @@ has null or absent sparsity fields. Every file is optional, a folder with none o
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,11 +83,12 @@ class Run:
 
     @property
     def headline(self) -> dict[str, Any]:
-        """The summary's numbers, with those of the evaluation for what the summary does not hold."""
-        found: dict[str, Any] = {}
+        """The summary's numbers, with those of the evaluation and of the log for what the summary does not hold."""
+        rates = [row["tokens_per_second"] for row in (self.metrics or [])[1:] if row.get("tokens_per_second")]
+        found: dict[str, Any] = {"tokens_per_second": statistics.median(rates)} if rates else {}
         if self.evaluation is not None:
             names = ("heldout_loss", "perplexity", "bits_per_byte", "tls", "reuse_ratio")
-            found = {name: getattr(self.evaluation, name) for name in names}
+            found |= {name: getattr(self.evaluation, name) for name in names}
             found["cls8"] = self.evaluation.cls.get(8)
         return found | {key: value for key, value in (self.summary or {}).items() if value is not None}
 
@@ -157,7 +159,7 @@ def _check_metrics_row(row: Any, where: str) -> None:
     for name in ("step", "language_model_loss"):
         if _number(row, name, where) is None:
             raise ValueError(f"{where}: the field {name!r} is missing; every logged step needs it")
-    for name in ("tls", "cls8"):
+    for name in ("tls", "cls8", "tokens_per_second"):
         _number(row, name, where)
     for name in ("terms", "coefficients"):
         _numbers(row, name, where)

@@ -22,6 +22,7 @@ _CLUTTER = re.compile(
     r"<\?xml.*?<svg|<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", re.DOTALL
 )
 _ID = re.compile(r"""\bid=(?:"([^"]*)"|'([^']*)')""")
+_FONT = re.compile(r"'DejaVu Sans'[^;\"]*")  # with what matplotlib's own settings name after it
 _SIZE = re.compile(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"')
 _COORDINATES = re.compile(r' (?:d|x|y|transform)="[^"]*"')
 _DECIMALS = re.compile(r"(\.\d{2})\d+")
@@ -31,7 +32,9 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     """The figure as an `<svg>` element; `name` keeps its ids apart from other figures', `description` is read aloud."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        # Transparent, so that the page's surface and what it draws on it stay visible.
+        unnamed = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(buffer, format="svg", transparent=True, metadata=unnamed)
     text = _CLUTTER.sub(lambda match: "<svg" if match[0].endswith("<svg") else "", buffer.getvalue())
     text = _ID.sub(lambda match: _identity(match, name), text)
     text = text.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'xlink:href="#{name}-')
@@ -39,7 +42,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     text = _COORDINATES.sub(lambda match: _DECIMALS.sub(r"\1", match[0]), text)
     for color, hexadecimal in LIGHT.items():
         text = text.replace(f": {hexadecimal}", f": var(--{color})")
-    return text.replace("'DejaVu Sans', sans-serif", "var(--sans)").strip()
+    return _FONT.sub("var(--sans)", text).strip()
 
 
 def save_png(figure: Figure, path: Path) -> None:

@@ -21,7 +21,7 @@ QUANTITIES: dict[str, tuple[str, str]] = {
     "tls": ("TLS", "percent"),
     "cls8": ("CLS8", "percent"),
     "reuse_ratio": ("Reuse ratio", "percent"),
-    "tokens_per_second": ("Tokens/s", "rate"),
+    "tokens_per_second": ("Training tokens/s", "rate"),
     "generated_tokens_per_second": ("Generated tokens/s", "rate"),
     "loss": ("Loss", "loss"),
     "language_model_loss": ("Language-model loss", "loss"),

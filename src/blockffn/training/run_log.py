@@ -17,14 +17,19 @@ except ImportError:  # not a POSIX system: nothing keeps two runs apart there
     fcntl = None  # type: ignore[assignment]
 
 SECONDS_BETWEEN_LINES = 15.0
+NARROW, SHORTEST_BAR = 80, 4  # columns
 # What the bar shows: key of a record, its label, its format.
 LANGUAGE_MODEL = (("language_model_loss", "loss", "{:.3f}"), ("tls", "TLS", "{:.1f}%"), ("cls8", "CLS8", "{:.1f}%"))
 
 
 class _Bar(tqdm):
-    """Its estimate of the time left leaves out the first step of this process, which compiles the model."""
+    """Its estimate of the time left leaves out the first step of this process, which compiles the model.
+
+    Of what it has to show, the last is left out where the line would be longer than the terminal is wide.
+    """
 
     _first: tuple[int, float] | None = None
+    shown: Sequence[str] = ()
 
     def update(self, n: float | None = 1) -> bool | None:
         updated = super().update(n)
@@ -39,7 +44,19 @@ class _Bar(tqdm):
         if self._first is not None and self.n > self._first[0] and self.total is not None:
             per_step = (time.monotonic() - self._first[1]) / (self.n - self._first[0])
             left = f", {tqdm.format_interval(per_step * (self.total - self.n))} left"
-        return {**values, "left": left}
+        rest = f"{self.n}/{self.total} | {tqdm.format_interval(values['elapsed'])}{left}"
+        room = (values["ncols"] or NARROW) - len(rest) - SHORTEST_BAR
+        return {**values, "left": left, "shown": _fitting(self.shown, room)}
+
+
+def _fitting(parts: Sequence[str], room: int) -> str:
+    """As many of the parts, each behind a comma, as have room."""
+    line = ""
+    for part in parts:
+        if len(line) + len(part) + 2 > room:
+            break
+        line += f", {part}"
+    return line
 
 
 class RunLog:
@@ -75,7 +92,7 @@ class RunLog:
         self._last_line = time.monotonic()
         self._bar = _Bar(
             total=steps, initial=first_step, unit="step", disable=not progress or self._lines, dynamic_ncols=True,
-            bar_format="{n_fmt}/{total_fmt} {bar}| {elapsed}{left}{postfix}",
+            bar_format="{n_fmt}/{total_fmt} {bar}| {elapsed}{left}{shown}",
         )  # fmt: skip
 
     def _drop_after(self, step: int) -> None:
@@ -105,7 +122,8 @@ class RunLog:
                 self._events.add_scalar(name, value, record["step"])
         shown = {label: text.format(record[key]) for key, label, text in self._shown if record.get(key) is not None}
         shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
-        self._bar.set_postfix(shown, refresh=True)
+        self._bar.shown = [f"{label} {text}" for label, text in shown.items()]
+        self._bar.refresh()
         if self._lines and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             parts = "  ".join(f"{name} {value}" for name, value in shown.items())

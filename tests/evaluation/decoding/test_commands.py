@@ -10,12 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from blockffn.checkpoints.load import load
 from blockffn.cli import app
 from blockffn.configuration import BlockFFNConfig
 from blockffn.data.tokenizer import train_tokenizer
+from blockffn.evaluation.decoding.modes import choose_draft
+from blockffn.evaluation.decoding.peers import HuggingFaceGenerate
+from blockffn.evaluation.decoding.ways import greedy
+from blockffn.inference.backends import make_target
+from blockffn.inference.decode import generate
 from blockffn.inference.native_model import why_not_native
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 
@@ -101,6 +107,29 @@ def test_the_draft_beside_the_model_is_the_default(with_draft: Path) -> None:
     assert "tree by cost" not in run("bench", "decode", with_draft, *short, "--draft", "none")
 
 
+def test_every_command_finds_the_same_draft(with_draft: Path, models: Path) -> None:
+    beside = str(with_draft / "draft")
+    for name, expected in ((None, beside), ("auto", beside), ("none", None), ("ngram", "ngram"), (beside, beside)):
+        assert choose_draft(with_draft, name) == expected
+    assert choose_draft(models / "moe", None) is None
+    assert choose_draft(models / "moe", "auto") == "ngram"
+    assert choose_draft(models / "moe", "oracle:0.5") == "oracle:0.5"
+    with pytest.raises(ValueError, match="/nope is no draft"):
+        choose_draft(with_draft, "/nope")
+
+
+def test_the_peer_is_greedy_whatever_the_models_generation_config_says(models: Path) -> None:
+    model = load(models / "moe")
+    prompt, new = [5, 6, 7, 5, 6, 7, 5, 6], 12
+    expected = HuggingFaceGenerate("plain", model).run(prompt, new).token_ids
+    own = GenerationConfig(do_sample=True, temperature=5.0, num_beams=3, repetition_penalty=9.0, bos_token_id=0,
+                           no_repeat_ngram_size=1, suppress_tokens=expected[:1])  # fmt: skip
+    model.generation_config = own
+    assert HuggingFaceGenerate("asked for more", model).run(prompt, new).token_ids == expected
+    assert model.generation_config is own
+    assert expected == generate(make_target(model, backend="model"), prompt, greedy(new)).token_ids
+
+
 @pytest.mark.parametrize("command", [("bench", "decode", "--draft"), ("advise",)])
 def test_a_wrong_draft_is_named_before_anything_is_said(models: Path, command: tuple[str, ...]) -> None:
     *verb, option = command if len(command) > 1 else (*command, "")
@@ -119,6 +148,7 @@ def test_a_wrong_draft_is_named_before_anything_is_said(models: Path, command: t
         (["--peers", "huggingface,huggingface"], "peer 'huggingface' is named twice"),
         (["--tasks", "cooking"], "no prompts of the kind 'cooking'"),
         (["--peers", "vllm"], "unknown peer 'vllm'"),
+        (["--peers", "llama.cpp:Q4_0/Q3"], "not written in 'Q3'"),
         (["-n", "500"], "at most 448"),
         (["--text-only"], "needs a --text"),
         (["--plot", "x.txt"], "must end in .png or .svg"),

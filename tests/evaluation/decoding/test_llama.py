@@ -39,7 +39,7 @@ def test_what_is_not_installed_is_said_with_the_remedy(monkeypatch: pytest.Monke
     assert "blockffn[bench]" in (llama.missing() or "")
 
 
-@pytest.mark.parametrize(("kind", "head"), [("BF16", "BF16"), ("Q4_0", "Q8_0")])
+@pytest.mark.parametrize(("kind", "head"), [("BF16", "BF16"), ("Q4_0", "Q8_0"), ("Q5_1", "Q4_1")])
 def test_the_file_has_every_tensor_in_its_format(kind: str, head: str, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     shape = llama.LlamaShape(100, 256, 2, 2, 1, 320, 128)
@@ -56,13 +56,21 @@ def test_llama_cpp_continues_prompts_of_any_length_alike_every_time(precision: s
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
     config = preset_config("nano", "dense", vocab_size=300)
-    peer = llama.LlamaCpp.like(config, precision=precision, capacity=200)
+    peer = llama.LlamaCpp.like(config, formats=llama.formats_of(precision), capacity=200)
     runs = [peer.run(prompt, 6) for prompt in ([1, 2, 3], list(range(150)), [1, 2, 3])]
     assert runs[0].token_ids == runs[2].token_ids
     assert all(0 <= token < 300 for run in runs for token in run.token_ids)
     assert all(len(run.token_ids) == 6 and run.seconds > 0 for run in runs)
-    with pytest.raises(ValueError, match="no format"):
-        llama.LlamaCpp.like(config, precision="int3", capacity=200)
+
+
+def test_formats_are_those_of_a_precision_or_named() -> None:
+    assert llama.formats_of("int4") == llama.formats_named("Q4_0/Q8_0") == ("Q4_0", "Q8_0")
+    assert llama.formats_named("Q4_0") == ("Q4_0", "Q4_0")
+    with pytest.raises(ValueError, match="no format for precision 'int3'"):
+        llama.formats_of("int3")
+    for name in ("Q3", "Q4_0/Q3"):
+        with pytest.raises(ValueError, match="not written in 'Q3'; choose from F32"):
+            llama.formats_named(name)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +78,7 @@ def test_llama_cpp_continues_prompts_of_any_length_alike_every_time(precision: s
     [
         (
             "import os, signal; os.kill(os.getpid(), signal.SIGILL)",
-            "ended by SIGILL; a build for any processor may help",
+            "ended by SIGILL; where the processor has AMX",
         ),
         ("raise RuntimeError('no context')", "RuntimeError: no context"),
     ],
@@ -80,11 +88,11 @@ def test_a_peer_that_takes_its_process_down_is_left_out_with_the_reason(
 ) -> None:
     pytest.importorskip("gguf")
     monkeypatch.setattr(llama, "TRIAL", trial)
-    assert said in (llama.why_not_running("int4") or "")
+    assert said in (llama.why_not_running(("Q4_0", "Q8_0")) or "")
 
 
 def test_a_peer_that_runs_is_not_left_out() -> None:
     pytest.importorskip("gguf")
     pytest.importorskip("llama_cpp")
-    reason = llama.why_not_running("bf16")
+    reason = llama.why_not_running(("BF16", "BF16"))
     assert reason is None or "SIGILL" in reason

@@ -15,14 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from blockffn.checkpoints.load import load, model_folder
 from blockffn.checkpoints.tokenizer import load_tokenizer
-from blockffn.evaluation.decoding.modes import ORACLE, Subject, oracle_rates
+from blockffn.evaluation.decoding.modes import ORACLE, Subject, choose_draft, oracle_rates
 from blockffn.evaluation.decoding.peers import check_peers, make_peers
 from blockffn.evaluation.decoding.prompts import EncodedPrompt, Prompt, encode_prompts
 from blockffn.evaluation.decoding.rounds import Check, WayResult, check_way, time_ways
 from blockffn.evaluation.decoding.ways import Decoder, Way
 from blockffn.evaluation.machine import describe_machine
 from blockffn.inference.backends import make_target
-from blockffn.inference.drafts import check_draft, resolve_draft, tree_shape
+from blockffn.inference.drafts import tree_shape
 from blockffn.metrics.cost import parameter_counts
 from blockffn.ops.device import choose_device
 
@@ -35,15 +35,14 @@ class BenchSettings:
     """What to time and how.
 
     Attributes:
-        draft, dense_draft: `ngram`, a folder of a trained draft, `auto` (the folder beside the model, or else `ngram`),
-            `oracle:RATE`, or `None`.
+        draft, dense_draft: see `modes.choose_draft`.
         priced: a simulated draft takes the time of a real head of random weights.
         tree: draft tokens of the fixed tree, or `chain:N`.
         backend, precision: see `backends.make_target`.
         screen_head: see `backends.make_target`.
         max_prompt_tokens: a longer prompt loses its beginning.
         rounds: every way takes every prompt so often.
-        peers: names out of `peers.PEERS`.
+        peers: names that `peers.check_peers` takes.
     """
 
     draft: str | None = None
@@ -170,9 +169,7 @@ def _modes(
 
 def _subject(label: str, path: Path, settings: BenchSettings, draft: str | None) -> Subject:
     device = choose_device(settings.device)
-    chosen = None if draft is None else str(resolve_draft(path, draft))
-    if chosen is not None and not chosen.startswith(ORACLE):
-        check_draft(chosen)
+    chosen = choose_draft(path, draft)
     model = load(path, device=device, progress=sys.stderr.isatty())
     capacity = min(settings.max_prompt_tokens + settings.max_new_tokens + MARGIN, model.config.max_position_embeddings)
     target = make_target(

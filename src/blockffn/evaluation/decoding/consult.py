@@ -30,13 +30,12 @@ from blockffn.evaluation.decoding.measure import (
     read_bandwidth,
     record_acceptance,
 )
-from blockffn.evaluation.decoding.modes import ORACLE, Subject
+from blockffn.evaluation.decoding.modes import ORACLE, Subject, choose_draft
 from blockffn.evaluation.decoding.prompts import EncodedPrompt, Prompt, encode_prompts
 from blockffn.evaluation.decoding.rounds import time_ways
 from blockffn.evaluation.decoding.ways import Decoder
 from blockffn.evaluation.machine import busy, describe_machine
 from blockffn.inference.backends import make_target
-from blockffn.inference.drafts import check_draft, find_draft
 from blockffn.inference.speculative.growth import Budget
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.ops.device import choose_device
@@ -125,8 +124,7 @@ def consult(
     """Measure and advise.
 
     Args:
-        draft: folder of a trained draft, or `oracle:RATE`; default: the draft beside the model, if there is one.
-            N-grams are measured in any case.
+        draft: see `choose_draft`; n-grams are measured in any case.
 
     Raises:
         ValueError: the model or the draft cannot be used, or fewer than 2 new tokens are asked for.
@@ -134,10 +132,7 @@ def consult(
     if max_new_tokens < 2:
         raise ValueError(f"advice needs at least 2 new tokens, got {max_new_tokens}; the prompt gives the first")
     device = choose_device(device)
-    beside = find_draft(path)
-    draft = draft or (None if beside is None else str(beside))
-    if draft is not None and not draft.startswith(ORACLE):
-        check_draft(draft)
+    draft = choose_draft(path, draft)
     model = load(path, device=device, progress=sys.stderr.isatty())
     encoded = encode_prompts(load_tokenizer(model_folder(path)), prompts, max_tokens=MAX_PROMPT_TOKENS)
     capacity = min(MAX_PROMPT_TOKENS + max_new_tokens + 64, model.config.max_position_embeddings)

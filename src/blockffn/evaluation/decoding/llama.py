@@ -28,6 +28,7 @@ HEAD_DIM = 128
 # What stores as many bits a weight as each of our precisions, and for the head; `auto` is bfloat16.
 FORMATS = {"auto": ("BF16", "BF16"), "bf16": ("BF16", "BF16"), "f32": ("F32", "F32"), "int8": ("Q8_0", "Q8_0"),
            "int4": ("Q4_0", "Q8_0")}  # fmt: skip
+STORED = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # what can be written
 BLOCK = 32  # weights that Q8_0 and Q4_0 scale together
 ROWS = 64  # of random weights; a matrix repeats them
 
@@ -145,12 +146,20 @@ LlamaCpp(Path(sys.argv[1]), name="trial", vocab_size=int(sys.argv[2]), capacity=
 """
 
 
-def why_not_running(precision: str) -> str | None:
+# For processors with AMX, GCC 12 removes the stores that set up its tiles; without these two passes it keeps them.
+REMEDIES = (
+    "where the processor has AMX, the compiler may have dropped the set-up of its tiles: CXXFLAGS='-fno-tree-dse "
+    "-fno-dse' pip install --force-reinstall --no-cache-dir llama-cpp-python; a build for any processor is "
+    "CMAKE_ARGS=-DGGML_NATIVE=OFF instead of CXXFLAGS"
+)
+
+
+def why_not_running(formats: tuple[str, str]) -> str | None:
     """What stops llama.cpp on this machine, or `None`: tried in a process of its own, which it may take down.
 
-    A build for another processor ends in an illegal instruction, and with it everything measured by then.
+    A build that does not suit the processor ends in an illegal instruction, and with it everything measured by then.
     """
-    kind, head = _formats(precision)
+    kind, head = formats
     shape = LlamaShape(vocab_size=256, hidden_size=256, layers=1, width=256, heads=2, key_value_heads=1, context=512)
     with tempfile.TemporaryDirectory(prefix="blockffn-llama-") as folder:
         path = Path(folder) / "trial.gguf"
@@ -160,19 +169,26 @@ def why_not_running(precision: str) -> str | None:
     if done.returncode == 0:
         return None
     if done.returncode < 0:
-        again = (
-            "CMAKE_ARGS=-DGGML_NATIVE=OFF pip install --force-reinstall --no-binary llama-cpp-python llama-cpp-python"
-        )
-        reason = f"ended by {signal.Signals(-done.returncode).name}; a build for any processor may help: {again}"
+        reason = f"ended by {signal.Signals(-done.returncode).name}; {REMEDIES}"
     else:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
     return f"llama.cpp is left out, it does not run here: {reason}"
 
 
-def _formats(precision: str) -> tuple[str, str]:
+def formats_of(precision: str) -> tuple[str, str]:
+    """llama.cpp's formats with as many bits, of the weights and of the head. Raises `ValueError` where it has none."""
     if precision not in FORMATS:
         raise ValueError(f"llama.cpp has no format for precision {precision!r}; choose from {', '.join(FORMATS)}")
     return FORMATS[precision]
+
+
+def formats_named(name: str) -> tuple[str, str]:
+    """`KIND` or `KIND/HEAD`: formats of the weights and of the head. Raises `ValueError` for one that is unknown."""
+    kind, _, head = name.partition("/")
+    for one in (kind, head or kind):
+        if one not in STORED:
+            raise ValueError(f"llama.cpp's peer is not written in {one!r}; choose from {', '.join(STORED)}")
+    return kind, head or kind
 
 
 class LlamaCpp:
@@ -201,16 +217,16 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp makes no context of {capacity} tokens for {path}")
 
     @classmethod
-    def like(cls, config: BlockFFNConfig, *, precision: str, capacity: int) -> LlamaCpp:
-        """With a Llama as large as a model, in as many bits.
+    def like(cls, config: BlockFFNConfig, *, formats: tuple[str, str], capacity: int) -> LlamaCpp:
+        """With a Llama as large as a model, in formats for the weights and the head.
 
         Raises:
-            ValueError: a precision or a shape that it does not have.
+            ValueError: a shape that it does not have.
         """
-        kind, head = _formats(precision)
+        kind, head = formats
         shape = llama_like(config, context=max(capacity, 512))
-        formats = kind if head == kind else f"{kind}, head {head}"
-        name = f"llama.cpp {formats}, dense {shape.parameters / 1e6:.0f} M"
+        stored = kind if head == kind else f"{kind}, head {head}"
+        name = f"llama.cpp {stored}, dense {shape.parameters / 1e6:.0f} M"
         with tempfile.TemporaryDirectory(prefix="blockffn-llama-") as folder:
             path = Path(folder) / "model.gguf"
             write_gguf(path, shape, kind, head=head)

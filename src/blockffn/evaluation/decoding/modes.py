@@ -10,7 +10,15 @@ from blockffn.evaluation.decoding.oracle import OracleDrafter, PricedDrafter, ra
 from blockffn.evaluation.decoding.prompts import EncodedPrompt
 from blockffn.evaluation.decoding.ways import Decoder, greedy
 from blockffn.inference.decode import generate
-from blockffn.inference.drafts import Draft, make_speculation, trained_drafter, tree_shape
+from blockffn.inference.drafts import (
+    Draft,
+    check_draft,
+    find_draft,
+    make_speculation,
+    resolve_draft,
+    trained_drafter,
+    tree_shape,
+)
 from blockffn.inference.speculative.growth import BestNodes
 from blockffn.inference.target import Target
 from blockffn.models.causal_lm import BlockFFNForCausalLM
@@ -79,6 +87,26 @@ def oracle_rates(draft: str) -> list[float]:
     if not rates or not all(0 < rate < 1 for rate in rates):
         raise ValueError(f"a simulated draft is written oracle:RATE with a rate between 0 and 1, got {draft!r}")
     return rates
+
+
+def choose_draft(path: Path, draft: str | None) -> str | None:
+    """The draft that a name asks for beside the model of `path`, looked at without reading weights.
+
+    Args:
+        draft: `ngram`, a folder, `oracle:RATE`; `auto`: the folder `draft` beside the model, or else `ngram`; `none`;
+            `None`: the folder beside the model, or else none.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if draft == "none":
+        return None
+    chosen = find_draft(path) if draft is None else resolve_draft(path, draft)
+    if chosen is None:
+        return None
+    if not str(chosen).startswith(ORACLE):
+        check_draft(chosen)
+    return str(chosen)
 
 
 def _name(draft: str) -> str | Path:

@@ -32,7 +32,7 @@ from blockffn.training.run_log import RunLog, hold_folder
 from blockffn.training.schedule import StepBudget, learning_rate_factor
 from blockffn.training.statistics import StepStatistics
 
-SHOWN = (("loss", "loss", "{:.3f}"), ("acceptance_length", "acceptance length", "{:.2f}"),
+SHOWN = (("loss", "loss", "{:.3f}"), ("acceptance_length", "tokens/step", "{:.2f}"),
          ("heldout_acceptance_length", "held out", "{:.2f}"))  # fmt: skip
 
 
