@@ -1,12 +1,12 @@
-// The matrix unit AMX (Sapphire Rapids and later): kernels that take sixteen activation rows at once, in about the time of
-// one. What they do not replace is that of AVX-512. Packed bf16 and int8 have the layout that the unit wants; int4 is
-// unpacked, group by group.
+// The matrix unit AMX (Sapphire Rapids and later): kernels that take sixteen activation rows at once. What they do not
+// replace is that of AVX-512. Packed bf16 and int8 have the layout that the unit wants; int4 is unpacked, group by group.
 //
 // In bf16 a row's sums run over blocks of 32 inputs, in the same order whatever the number of rows. Integer sums are
 // exact, so few rows may go to the kernels of AVX-512, which are then faster, without a change of a bit.
 #include "kernels.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__) && defined(__x86_64__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && \
+    defined(__linux__)
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -22,19 +22,18 @@ using blockffn::kStrip;
 using blockffn::prefetch;
 using blockffn::StripCall;
 
-constexpr int kRows = 16;         // of a tile
-constexpr int kTileBytes = 64;    // of a row of a tile
-constexpr int kInputs = 32;       // of a block of bf16: sixteen rows of pairs
+constexpr int kRows = 16;               // of a tile
+constexpr int kTileBytes = 64;          // of a row of a tile
+constexpr int kInputs = 32;             // of a block of bf16: sixteen rows of pairs
 constexpr int kPairBytes = kStrip * 4;  // a strip's two inputs in bf16, four in int8, eight in int4
-
-constexpr int kFewRows = 6;        // what AVX-512 takes in one pass over integers, faster than tiles do
+const Kernels* few_rows = nullptr;      // for as many as AVX-512 takes in one pass over integers, faster than tiles do
 
 inline __m512 load_half(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-// Tiles; macros, because GCC writes a tile's name into the assembly as it is spelt. The last inputs are a block of their
-// own, with tiles of fewer rows and columns.
+// Tiles; macros, because GCC writes a tile's name into the assembly as it is spelt. The last inputs are a block of
+// their own, with tiles of fewer rows and columns.
 #define TILE_SUMS_LEFT 0
 #define TILE_SUMS_RIGHT 1
 #define TILE_ACTIVATIONS 2
@@ -198,9 +197,9 @@ class Sums {
   }
 
   const StripCall& call_;
-  const int32_t offset_;          // of the weights' codes
-  const float* scales_[kRows];    // of the rows' groups
-  const int32_t* codes_[kRows];   // their sums of codes
+  const int32_t offset_;         // of the weights' codes
+  const float* scales_[kRows];   // of the rows' groups
+  const int32_t* codes_[kRows];  // their sums of codes
   __m512 sums_[kRows][2];
 };
 
@@ -262,8 +261,8 @@ void integer_strips(const StripCall& call) {
 
 template <int kFormat>
 void integer_strip(const StripCall& call) {
-  if (call.num_tokens <= kFewRows)
-    blockffn::avx512_kernels()->strip[kFormat](call);
+  if (call.num_tokens <= few_rows->max_tokens[kFormat])
+    few_rows->strip[kFormat](call);
   else if (call.fetch)
     integer_strips<kFormat, true>(call);
   else
@@ -284,10 +283,10 @@ bool may_use_tiles() {
 
 const Kernels* blockffn::amx_kernels() {
   const Kernels* base = avx512_bf16_kernels();
-  static const bool may_use = may_use_tiles();
-  if (!base || !may_use) return nullptr;
+  if (!base || !may_use_tiles()) return nullptr;
   static Kernels kernels;  // every thread writes the same values
   kernels = *base;
+  few_rows = base;
   kernels.name = "amx";
   kernels.max_tokens[kBf16] = kernels.max_tokens[kInt8] = kernels.max_tokens[kInt4] = kRows;
   kernels.strip[kBf16] = bf16_strip;
