@@ -35,6 +35,7 @@ ISA_FLAGS = {
         "kernels_avx2.cpp": AVX2,
         "kernels_avx512.cpp": AVX512,
         "kernels_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+        "kernels_amx.cpp": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
     },
     "aarch64": {"kernels_neon.cpp": ["-march=armv8.2-a+dotprod"]},
 }

@@ -76,9 +76,8 @@ class Timed:
         self.network = None if decoder.speculation is None else draft_network(decoder.speculation.drafter)
         self.turns: list[dict[str, Any]] = []
 
-    def check(self, prompt: EncodedPrompt, tokens: int) -> None:
+    def check(self, prompt: EncodedPrompt, tokens: int, expected: list[int]) -> None:
         """Raises `ValueError` unless it says what the plain loop says with the whole head."""
-        expected = generate(Asking(self.target, None), prompt.ids, greedy(tokens)).token_ids
         if self.way.run(prompt.ids, tokens).token_ids != expected:
             raise ValueError(f"{self.name} says something else than plain decoding ({prompt.task}); it is not timed")
 
@@ -225,9 +224,12 @@ def make_ways(options: argparse.Namespace) -> tuple[list[Timed], list[EncodedPro
             ways.append(Timed(decoder, target, screened=False))
             if options.screen_head:
                 ways.append(Timed(decoder, target, screened=True))
-    for way in ways:
+    for target in {id(way.target): way.target for way in ways}.values():
         for prompt in prompts:
-            way.check(prompt, options.tokens)
+            expected = generate(Asking(target, None), prompt.ids, greedy(options.tokens)).token_ids
+            for way in ways:
+                if way.target is target:
+                    way.check(prompt, options.tokens, expected)
     return ways, prompts
 
 
@@ -257,21 +259,27 @@ def main() -> None:
         for way in (*ways[first:], *ways[:first]):
             bandwidths.append(read_bandwidth(flush))
             way.turn(prompts, options.tokens)
-    bandwidth = statistics.median(bandwidths)
-    positions = statistics.mean(len(prompt.ids) for prompt in prompts) + options.tokens / 2
-    rows = [summarise(way, ways[0], bandwidth, round(positions)) for way in ways]
+        # After every round, so that a run that is cut short leaves what it has.
+        bandwidth = statistics.median(bandwidths)
+        positions = statistics.mean(len(prompt.ids) for prompt in prompts) + options.tokens / 2
+        rows = [summarise(way, ways[0], bandwidth, round(positions)) for way in ways]
+        if options.json is not None:
+            write_json(options, rows, bandwidth, rounds=round_ + 1)
     print(f"plain read: {bandwidth / 1e9:.1f} GB/s ({min(bandwidths) / 1e9:.1f} … {max(bandwidths) / 1e9:.1f})\n")
     print_parts(rows)
-    if options.json is not None:
-        about = {"device": describe_machine(torch.device("cpu")), "torch": torch.__version__,
-                 "python": platform.python_version(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                 "bandwidth": bandwidth}  # fmt: skip
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-        settings |= {"model": options.model.name, "dense": options.dense and options.dense.name}
-        settings.pop("json")
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        data = {"machine": about, "settings": settings, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def write_json(options: argparse.Namespace, rows: Sequence[Parts], bandwidth: float, *, rounds: int) -> None:
+    """The rows of so many rounds, with the machine and the settings."""
+    about = {"device": describe_machine(torch.device("cpu")), "torch": torch.__version__,
+             "python": platform.python_version(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
+             "bandwidth": bandwidth}  # fmt: skip
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    settings |= {"rounds": rounds, "model": options.model.name, "dense": options.dense and options.dense.name}
+    settings.pop("json")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    data = {"machine": about, "settings": settings, "rows": [asdict(row) for row in rows]}
+    options.json.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

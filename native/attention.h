@@ -161,8 +161,7 @@ class Attention {
                            score_rows + i * score_floats_ * 4);
     }
     add_values(job.layer_index, key_head, score_rows, static_cast<int>(count), means);
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t k = 0; k < Cache::value_width(model_); ++k) means[i * value_floats_ + k] /= totals[i];
+    for (int64_t i = 0; i < count; ++i) divide(means + i * value_floats_, Cache::value_width(model_), totals[i]);
     store(job, first_head, begin, end, means, rows);
   }
 
@@ -229,6 +228,10 @@ class Attention {
           values, 1, value_inputs_, 0, rows, outputs, count, false, true,
           Reading::from_to(values + bytes, last ? nullptr : values + cache_.value_strip_bytes())});
     }
+  }
+
+  static void divide(float* values, int64_t count, float by) {
+    for (int64_t k = 0; k < count; ++k) values[k] /= by;
   }
 
   void store(const Job& job, int64_t first_head, int64_t begin, int64_t end, float* means, uint8_t* rows) const {

@@ -15,7 +15,8 @@ struct Choice {
 // Best first. BLOCKFFN_CPU_ISA names one of them, for tests and for comparing.
 Choice choose() {
   using namespace blockffn;
-  const Kernels* all[] = {avx512_bf16_kernels(), avx512_kernels(), avx2_kernels(), neon_kernels(), portable_kernels()};
+  const Kernels* all[] = {amx_kernels(),  avx512_bf16_kernels(), avx512_kernels(),
+                          avx2_kernels(), neon_kernels(),        portable_kernels()};
   const Kernels* best = nullptr;
   const char* wanted = getenv("BLOCKFFN_CPU_ISA");
   for (const Kernels* kernels : all) {

@@ -8,7 +8,8 @@ namespace blockffn {
 enum Format { kF32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
 
 constexpr int kStrip = 32;     // outputs of a strip
-constexpr int kMaxTokens = 6;  // most tokens a kernel takes at once
+constexpr int kMaxTokens = 16;  // most tokens a kernel takes at once
+constexpr int kMaxPlainTokens = 6;  // the same for plain weights
 
 // Where this thread reads: memory up to `end`, and from there on at `end + jump`. Only a hint for prefetching.
 struct Reading {
@@ -116,6 +117,7 @@ inline float half_to_float(uint16_t half) {
 }
 
 // Each is null where this build or this processor lacks the instructions.
+const Kernels* amx_kernels();
 const Kernels* avx512_bf16_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();

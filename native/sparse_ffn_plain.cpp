@@ -85,11 +85,11 @@ class SparseFfnPlain {
 
   void compute_hidden(const ExpertTokens& tokens, int64_t row) {
     const int64_t rows = experts_.width - row < kRowsPerTask ? experts_.width - row : kRowsPerTask;
-    for (int64_t i = tokens.first; i < tokens.first + tokens.count; i += kMaxTokens) {
-      const float* x_rows[kMaxTokens];
-      float *values[kMaxTokens], *gates[kMaxTokens];
+    for (int64_t i = tokens.first; i < tokens.first + tokens.count; i += kMaxPlainTokens) {
+      const float* x_rows[kMaxPlainTokens];
+      float *values[kMaxPlainTokens], *gates[kMaxPlainTokens];
       const int64_t left = tokens.first + tokens.count - i;
-      const int n = static_cast<int>(left < kMaxTokens ? left : kMaxTokens);
+      const int n = static_cast<int>(left < kMaxPlainTokens ? left : kMaxPlainTokens);
       for (int m = 0; m < n; ++m) {
         x_rows[m] = x(pairs_[i + m].token);
         values[m] = hidden_ + (i + m) * stride() + row;
@@ -112,11 +112,11 @@ class SparseFfnPlain {
     for (int64_t t = 0; t < T; ++t) memset(sums_ + t * D + begin, 0, static_cast<size_t>(end - begin) * 4);
     for (int64_t u = 0; u < num_union_; ++u) {
       const ExpertTokens& tokens = union_[u];
-      for (int64_t i = tokens.first; i < tokens.first + tokens.count; i += kMaxTokens) {
-        const float* factors[kMaxTokens];
-        float* outputs[kMaxTokens];
+      for (int64_t i = tokens.first; i < tokens.first + tokens.count; i += kMaxPlainTokens) {
+        const float* factors[kMaxPlainTokens];
+        float* outputs[kMaxPlainTokens];
         const int64_t left = tokens.first + tokens.count - i;
-        const int n = static_cast<int>(left < kMaxTokens ? left : kMaxTokens);
+        const int n = static_cast<int>(left < kMaxPlainTokens ? left : kMaxPlainTokens);
         for (int m = 0; m < n; ++m) {
           factors[m] = hidden_ + (i + m) * stride();
           outputs[m] = sums_ + pairs_[i + m].token * D + begin;

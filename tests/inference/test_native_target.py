@@ -115,11 +115,12 @@ def test_chains_longer_than_a_step_and_trees_of_64_equal_the_model(attention: st
     assert_same(*(target.extend(tree, parents) for target in targets))
 
 
-@pytest.mark.parametrize("size", [3, 8])
+@pytest.mark.parametrize("format", ["f32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("size", [3, 8, 21])
 @pytest.mark.parametrize("method", ["blockffn", "gated"])
 @pytest.mark.parametrize("attention", sorted(ATTENTION))
-def test_a_chain_gives_the_bits_of_its_tokens_one_by_one(attention: str, method: str, size: int) -> None:
-    target = NativeTarget(tiny_model(attention, method, max_position_embeddings=256))
+def test_a_chain_gives_the_bits_of_its_tokens_one_by_one(attention: str, method: str, size: int, format: str) -> None:
+    target = NativeTarget(tiny_model(attention, method, max_position_embeddings=256), format=format)
     tokens = ids(140)
     steps = []
     for count in (1, size):
@@ -131,6 +132,24 @@ def test_a_chain_gives_the_bits_of_its_tokens_one_by_one(attention: str, method:
             target.commit(torch.arange(len(chain)))
         steps.append(torch.cat(logits))
     assert torch.equal(steps[0], steps[1])
+
+
+@pytest.mark.parametrize("cache", ["f32", "bf16"])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 500, 967])
+@pytest.mark.parametrize("attention", sorted(ATTENTION))
+def test_trees_of_any_size_behind_any_length_equal_the_model(attention: str, length: int, cache: str) -> None:
+    """Attention takes a tree's rows in passes of as many as fit; the model sees the same rounded keys and values."""
+    model = tiny_model(attention, "dense", **SIZES, **HEADS[attention], max_position_embeddings=1000)
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[cache]
+    ours, reference = NativeTarget(model, cache_dtype=dtype), ModelTarget(model)
+    context = ids(length)
+    prefill(ours, context), prefill(reference, context)
+    for count in (1, 2, 4, 5, 9, 17, 32):
+        tokens = ids(count)
+        parents = torch.tensor([int(torch.randint(-1, node, ())) for node in range(count)])
+        actual, expected = ours.extend(tokens, parents), reference.extend(tokens, parents)
+        assert_same(actual, expected, TOLERANCE[cache])
+        ours.commit(torch.empty(0, dtype=torch.int64)), reference.commit(torch.empty(0, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])

@@ -28,7 +28,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ["portable", "avx512", "avx2", "neon"])
+@pytest.mark.parametrize("isa", ["portable", "avx512_bf16", "avx512", "avx2", "neon"])
 def test_every_instruction_set_passes_the_same_tests(isa: str) -> None:
     if isa == native.isa():
         pytest.skip("these kernels are the ones that all other tests run")

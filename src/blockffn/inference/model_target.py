@@ -121,12 +121,17 @@ class Pending:
         """Raise `ValueError` unless `kept` is a path from a root; nothing is read from another device."""
         if len(kept) > self.count:
             raise ValueError(f"{len(kept)} tokens cannot be kept of {self.count}")
-        parents = torch.arange(-1, self.count - 1) if self.parents is None else self.parents
-        if not len(kept) or kept.device.type != "cpu" or parents.device.type != "cpu":
+        if not len(kept) or kept.device.type != "cpu":
             return
-        inside = int(kept.min()) >= 0 and int(kept.max()) < self.count
-        if not inside or not torch.equal(parents[kept], torch.cat((kept.new_full((1,), -1), kept[:-1]))):
-            raise ValueError(f"kept tokens must be a path from a root of the last extend, got {kept.tolist()}")
+        if self.parents is not None and self.parents.device.type != "cpu":
+            return
+        nodes = kept.tolist()
+        inside = min(nodes) >= 0 and max(nodes) < self.count
+        if not inside or [self._parent(node) for node in nodes] != [-1, *nodes[:-1]]:
+            raise ValueError(f"kept tokens must be a path from a root of the last extend, got {nodes}")
+
+    def _parent(self, node: int) -> int:
+        return node - 1 if self.parents is None else int(self.parents[node])
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class NativeWeights:
 
     def add_cache(self, description: native.Model) -> None:
         """An empty cache of the described size."""
-        cache = torch.zeros(native.function("cache_bytes")(description), dtype=torch.uint8)
+        cache = native.empty_huge(native.function("cache_bytes")(description)).zero_()
         description.cache = self.address(cache)
         self.cache_bytes = cache.nbytes
 

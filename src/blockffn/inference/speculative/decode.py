@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from blockffn.inference.decode import Generation, GenerationSettings, OnToken, Request, begin
 from blockffn.inference.speculative.drafters import Drafter
@@ -98,16 +99,23 @@ def speculate(target: Target, speculation: Speculation, request: Request) -> Ite
             verdict = verify(
                 tree, step.logits, request.settings, context=context, generator=generator, choices=step.choices
             )
-            block = [*tree.tokens[verdict.path].tolist(), verdict.bonus]
+            block = [*(tree.token_list[node] for node in verdict.path), verdict.bonus]
             taken = request.take(block)
-            kept = torch.tensor([0, *(node + 1 for node in verdict.path)])[:taken]
-            target.commit(kept)
-            drafter.observe(tokens[kept], step.hidden[kept.to(step.hidden.device)])
+            kept = [0, *(node + 1 for node in verdict.path)][:taken]
+            target.commit(torch.tensor(kept))
+            drafter.observe(_rows(tokens, kept), _rows(step.hidden, kept))
             if shaper is not None:
                 shaper.observe(tree, verdict, step)
         recorder.add(step)
         counts.count(tree, verdict)
         yield block[:taken]
+
+
+def _rows(values: Tensor, kept: list[int]) -> Tensor:
+    """The rows of these numbers; a view where they are the first ones, as in a chain."""
+    if kept[-1] == len(kept) - 1:
+        return values[: len(kept)]
+    return values[torch.tensor(kept, device=values.device)]
 
 
 def _budget(target: Target, speculation: Speculation, request: Request) -> Budget:

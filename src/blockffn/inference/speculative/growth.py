@@ -6,6 +6,7 @@ Both ask an `Expand` for the distributions behind some nodes, a level at a time,
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -117,27 +118,53 @@ def grow(
     if run_chain is not None:
         indices, log_probs = run_chain(min(depth, size), floor)
         return chain(indices if token_ids is None else token_ids[indices], log_probs)
+    nodes = _Nodes()
     for _ in range(depth if size > 0 else 0):
         values, indices = (t.cpu() for t in top_children(expand, tree, level, top_k))
-        keep = values.flatten().isfinite()
-        parents = torch.tensor(level).repeat_interleave(values.shape[1])[keep]
-        tokens = indices.flatten()[keep] if token_ids is None else token_ids.cpu()[indices.flatten()[keep]]
-        start = len(tree)
-        tree = DraftTree(
-            torch.cat((tree.tokens, tokens)),
-            torch.cat((tree.parents, parents)),
-            torch.cat((tree.log_probs, values.flatten()[keep])),
-        )
-        if len(tree) == start:
+        ids = indices if token_ids is None else token_ids.cpu()[indices]
+        start = len(nodes.tokens)
+        nodes.add(level, ids.tolist(), values.tolist())
+        if len(nodes.tokens) == start:
             break
-        scores = tree.path_log_probs[start:]
-        best = scores.sort(descending=True, stable=True).indices[:top_k]
+        tree = nodes.tree()
+        scores = nodes.scores()
+        best = sorted(range(start, len(scores)), key=lambda node: -scores[node])[:top_k]
         # A node below the last that is kept has no descendant above it.
-        bar = float(tree.path_log_probs.sort(descending=True).values[size - 1]) if len(tree) >= size else -math.inf
-        level = sorted((start + best[(scores[best] > bar) & (scores[best] >= floor)]).tolist())
+        bar = sorted(scores, reverse=True)[size - 1] if len(scores) >= size else -math.inf
+        level = sorted(node for node in best if scores[node] > bar and scores[node] >= floor)
         if not level:
             break
     return tree.best(size)
+
+
+class _Nodes:
+    """A tree as it grows, in lists: its levels are short, and a tensor operation takes longer than one of them."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.log_probs: list[float] = []
+        self._totals: list[float] = []  # of paths
+
+    def add(self, level: list[int], ids: list[list[int]], values: list[list[float]]) -> None:
+        """The children `[len(level), K]` of these nodes, but those without a finite log-probability."""
+        for parent, tokens, log_probs in zip(level, ids, values):
+            above = 0.0 if parent == ROOT else self._totals[parent]
+            for token, log_prob in zip(tokens, log_probs):
+                if not math.isfinite(log_prob):
+                    continue
+                self.tokens.append(token)
+                self.parents.append(parent)
+                self.log_probs.append(log_prob)
+                self._totals.append(log_prob + above)
+
+    def scores(self) -> list[float]:
+        """Of paths, in float32, as `DraftTree.path_log_probs` has them."""
+        return array("f", self._totals).tolist()
+
+    def tree(self) -> DraftTree:
+        tokens, parents = (torch.tensor(values, dtype=torch.int64) for values in (self.tokens, self.parents))
+        return DraftTree(tokens, parents, torch.tensor(self.log_probs, dtype=torch.float32))
 
 
 def top_children(expand: Expand, tree: DraftTree, level: list[int], top_k: int) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,10 @@ class DraftTree:
         return self.parents.tolist()
 
     @cached_property
+    def token_list(self) -> list[int]:
+        return self.tokens.tolist()
+
+    @cached_property
     def depth(self) -> Tensor:
         """`[N]` int64: 1 for children of the root."""
         depths: list[int] = []

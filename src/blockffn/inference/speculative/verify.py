@@ -47,7 +47,7 @@ def verify_greedy(tree: DraftTree, choices: Tensor) -> Verdict:
         choices: `[N + 1]` the target's first choices; the first is the root's, entry `i + 1` node `i`'s.
     """
     chosen = choices.tolist()
-    tokens = tree.tokens.tolist()
+    tokens = tree.token_list
     length: dict[int, int] = {ROOT: 0}
     for node, parent in enumerate(tree.parent_list):
         if parent in length and tokens[node] == chosen[parent + 1]:

@@ -91,7 +91,8 @@ class StatesDrafter:
         new = sum(map(len, self._unseen))
         if held + new != known or not new:
             raise ValueError(f"a context of {known + 1} tokens needs the states of {known}, got {held + new}")
-        states, self._unseen = torch.cat(self._unseen), []
+        states = self._unseen[0] if len(self._unseen) == 1 else torch.cat(self._unseen)
+        self._unseen = []
         return states
 
 

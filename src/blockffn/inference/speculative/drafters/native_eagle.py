@@ -69,14 +69,16 @@ class _Levels:
 
     def chain(self, count: int, least: float) -> tuple[Tensor, Tensor]:
         """See `Expand`."""
-        for tokens, states in self._pieces()[:-1]:
-            self._draft.run(tokens, states, length=self._length)
-            self._length += len(tokens)
-        tokens, states = self._pieces()[-1]
+        *earlier, (tokens, states) = self._pieces()
+        for piece, its_states in earlier:
+            self._draft.run(piece, its_states, length=self._length)
+            self._length += len(piece)
         return self._draft.run_chain(tokens, states, length=self._length, count=count, least=least)
 
     def _pieces(self) -> list[tuple[Tensor, Tensor]]:
         """What the target has said since, as much as a step takes at a time."""
+        if len(self._tokens) <= MAX_STEP:
+            return [(self._tokens, self._states)]
         return list(zip(self._tokens.split(MAX_STEP), self._states.split(MAX_STEP)))
 
     def _run(self, tree: DraftTree, nodes: list[int], *, num_best: int) -> tuple[Tensor, Tensor]:
