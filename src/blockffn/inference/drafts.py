@@ -87,7 +87,7 @@ def make_speculation(
 
 
 def tree_shape(tree: str | int) -> tuple[int, int]:
-    """Draft tokens and branches of a node that `tree` asks for.
+    """Draft tokens and branches of a node that `tree` asks for: `auto`, a number, also as text, or `chain:N`.
 
     Raises:
         ValueError: it is neither `auto`, nor 1 to 63, nor `chain:1` to `chain:16`.
@@ -95,9 +95,9 @@ def tree_shape(tree: str | int) -> tuple[int, int]:
     if tree == "auto":
         return LARGEST_BY_COST, BRANCHES
     is_chain = isinstance(tree, str) and tree.startswith(CHAIN)
-    number = str(tree).removeprefix(CHAIN) if is_chain or isinstance(tree, int) else ""
+    number = str(tree).removeprefix(CHAIN)  # no digits where it is neither a number nor text, such as True
     most = DEEPEST if is_chain else LARGEST
-    if isinstance(tree, bool) or not number.isdecimal() or not 1 <= int(number) <= most:
+    if not (number.isascii() and number.isdecimal()) or not 1 <= int(number) <= most:
         raise ValueError(
             f"tree must be 'auto' or a number of draft tokens from 1 to {LARGEST}, got {tree!r}; or 'chain:N' for 1 to "
             f"{DEEPEST} without branches"
