@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from blockffn.checkpoints.draft import is_draft, load_draft
@@ -77,11 +78,16 @@ def make_speculation(
     most = Budget(nodes=size, depth=DEEPEST)
     config = model.config
     sparse_layers = 0 if config.ffn_type == "dense" else config.num_hidden_layers - config.first_k_dense_replace
+    of_tree, of_chain = 0.0, None  # of n-grams a tree takes no longer than a chain
+    if not isinstance(drafter, NgramDrafter):
+        of_tree = milliseconds_per_level(target, drafter, most)
+        of_chain = milliseconds_per_level(target, drafter, replace(most, chain=True))
     shaper = CostAwareShaper(
         calibrate(target, seconds=3.0),
         num_experts=max(sparse_layers * config.num_experts, 1),
         clock=time.perf_counter,
-        draft_level=0.0 if isinstance(drafter, NgramDrafter) else milliseconds_per_level(target, drafter, most),
+        draft_level=of_tree,
+        chain_level=of_chain,
     )
     return Speculation(drafter, shaper, most)
 
