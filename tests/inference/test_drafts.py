@@ -18,6 +18,8 @@ from blockffn.data.tokenizer import train_tokenizer
 from blockffn.inference.drafts import (
     BRANCHES,
     LARGEST_BY_COST,
+    LEVELS,
+    LEVELS_BY_COST,
     find_draft,
     make_speculation,
     resolve_draft,
@@ -250,9 +252,9 @@ def test_mistakes_are_named(
 
 
 def test_a_tree_is_read_alike_from_a_number_and_from_text() -> None:
-    assert tree_shape(7) == tree_shape("7") == (7, BRANCHES)
-    assert tree_shape("chain:16") == (16, 1)
-    assert tree_shape("auto") == (LARGEST_BY_COST, BRANCHES)
+    assert tree_shape(7) == tree_shape("7") == (7, BRANCHES, LEVELS)
+    assert tree_shape("chain:16") == (16, 1, 16)
+    assert tree_shape("auto") == (LARGEST_BY_COST, BRANCHES, LEVELS_BY_COST)
 
 
 def test_a_difference_is_reported(model: BlockFFNForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

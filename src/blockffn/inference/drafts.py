@@ -27,9 +27,11 @@ from blockffn.models.draft import DraftModel
 
 Draft = str | Path | DraftModel | Drafter
 LARGEST, DEEPEST = 63, 16  # draft tokens of a tree, and levels
+LEVELS = 5  # of a trained draft's tree with branches: each is a run of it
 BRANCHES = 8  # of a node
 CHAIN = "chain:"
 LARGEST_BY_COST = 31  # what `auto` drafts, to cut it: with the token before them a power of two
+LEVELS_BY_COST = 8
 
 
 def find_draft(path: Path) -> Path | None:
@@ -71,8 +73,8 @@ def make_speculation(
     Raises:
         ValueError: there is no draft in the folder, it is another model's, or `tree` is none of these.
     """
-    size, branches = tree_shape(tree)
-    drafter = make_drafter(model, draft, size=size, branches=branches, target=target)
+    size, branches, levels = tree_shape(tree)
+    drafter = make_drafter(model, draft, size=size, branches=branches, levels=levels, target=target)
     if tree != "auto":
         return Speculation(drafter, most=Budget(nodes=size, depth=DEEPEST))
     most = Budget(nodes=size, depth=DEEPEST)
@@ -92,14 +94,17 @@ def make_speculation(
     return Speculation(drafter, shaper, most)
 
 
-def tree_shape(tree: str | int) -> tuple[int, int]:
-    """Draft tokens and branches of a node that `tree` asks for: `auto`, a number, also as text, or `chain:N`.
+def tree_shape(tree: str | int) -> tuple[int, int, int]:
+    """What `tree` asks for: `auto`, a number, also as text, or `chain:N`.
+
+    Returns:
+        Draft tokens; branches of a node; levels of a trained draft's tree.
 
     Raises:
         ValueError: it is neither `auto`, nor 1 to 63, nor `chain:1` to `chain:16`.
     """
     if tree == "auto":
-        return LARGEST_BY_COST, BRANCHES
+        return LARGEST_BY_COST, BRANCHES, LEVELS_BY_COST
     is_chain = isinstance(tree, str) and tree.startswith(CHAIN)
     number = str(tree).removeprefix(CHAIN)  # no digits where it is neither a number nor text, such as True
     most = DEEPEST if is_chain else LARGEST
@@ -108,21 +113,25 @@ def tree_shape(tree: str | int) -> tuple[int, int]:
             f"tree must be 'auto' or a number of draft tokens from 1 to {LARGEST}, got {tree!r}; or 'chain:N' for 1 to "
             f"{DEEPEST} without branches"
         )
-    return int(number), 1 if is_chain else BRANCHES
+    size = int(number)
+    return (size, 1, size) if is_chain else (size, BRANCHES, min(size, LEVELS))
 
 
 def make_drafter(
-    model: BlockFFNForCausalLM, draft: Draft, *, size: int, branches: int = BRANCHES, target: Target | None = None
-) -> Drafter:
+    model: BlockFFNForCausalLM, draft: Draft, *, size: int, branches: int = BRANCHES, levels: int | None = None,
+    target: Target | None = None,
+) -> Drafter:  # fmt: skip
     """The drafter behind `draft`, with trees of `size` nodes; one branch makes chains. Errors as above.
+
+    Args:
+        levels: of a trained draft's tree; `None`: those of a chain, or `LEVELS`. N-grams need no runs and go deeper.
 
     Beside a `NativeTarget` a trained draft runs natively too, in the same precision.
     """
     if draft == "ngram":
         return NgramDrafter(depth=min(size, DEEPEST), size=size, branches=min(branches, 4))
-    # Every level of a trained draft's tree is a run of it.
-    depth = size if branches == 1 else min(size, 5)
-    growth = BestNodes(top_k=min(size, branches), depth=depth, size=size)
+    depth = size if branches == 1 else min(size, LEVELS)
+    growth = BestNodes(top_k=min(size, branches), depth=depth if levels is None else levels, size=size)
     if isinstance(draft, DraftModel):
         return trained_drafter(draft, model, target, growth=growth)
     if not isinstance(draft, (str, Path)):
