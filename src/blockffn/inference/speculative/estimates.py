@@ -11,7 +11,7 @@ import bisect
 import math
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 
 from blockffn.inference.speculative.tree import ROOT, DraftTree
 from blockffn.inference.speculative.verify import Verdict
@@ -92,11 +92,11 @@ class UnionEstimate:
         self.active = share * num_experts
         self._root = self.active
         kinds = 2 * UNION_DEPTH
-        self._pools = torch.tensor(POOLS, dtype=torch.float64) * num_experts
-        self._coefficients = self._log_of(share * novelty * num_experts)[:, None].repeat(1, kinds)
-        self._covariances = torch.eye(kinds, dtype=torch.float64).repeat(len(POOLS), 1, 1)
+        self._pools = np.array(POOLS) * num_experts
+        self._coefficients = np.tile(self._log_of(share * novelty * num_experts)[:, None], kinds)
+        self._covariances = np.tile(np.eye(kinds), (len(POOLS), 1, 1))
         # The largest pool speaks until another has been seen to be better.
-        self._errors = torch.linspace(1e-4, 0, len(POOLS), dtype=torch.float64)
+        self._errors = np.linspace(1e-4, 0, len(POOLS))
         self._best = len(POOLS) - 1
 
     def start(self) -> float:
@@ -119,27 +119,29 @@ class UnionEstimate:
             last: row of the last accepted token, 0 for the root.
         """
         if len(tree):
-            counts = self._kinds(tree).bincount(minlength=2 * UNION_DEPTH).double()
+            counts = np.bincount(self._kinds(tree), minlength=2 * UNION_DEPTH)
             root = self._log_of(active[0])
-            predicted = self._pools * -torch.expm1(-root - self._coefficients @ counts)
-            self._errors = FORGET_UNION * self._errors + ((predicted - union) / self.num_experts).square()
+            predicted = self._pools * -np.expm1(-root - self._coefficients @ counts)
+            self._errors = FORGET_UNION * self._errors + ((predicted - union) / self.num_experts) ** 2
             self._best = int(self._errors.argmin())
             spread = self._covariances @ counts
             gain = spread / (FORGET_UNION + 0.05 * len(tree) + spread @ counts)[:, None]
             missed = self._log_of(union) - root - self._coefficients @ counts
-            self._coefficients = (self._coefficients + gain * missed[:, None]).clamp_min(1e-5)
+            self._coefficients = np.maximum(self._coefficients + gain * missed[:, None], 1e-5)
             self._covariances = (self._covariances - gain[:, :, None] * spread[:, None, :]) / FORGET_UNION
-            self._covariances.diagonal(dim1=1, dim2=2).clamp_(max=1.0)
+            diagonal = np.arange(len(counts))
+            self._covariances[:, diagonal, diagonal] = np.minimum(self._covariances[:, diagonal, diagonal], 1.0)
         self.active += 0.05 * (sum(active) / len(active) - self.active)
         self._root = active[last]
 
-    def _log_of(self, used: float) -> torch.Tensor:
+    def _log_of(self, used: float) -> np.ndarray:
         """For each size of the pool."""
-        return -torch.log1p(-(used / self._pools).clamp(max=0.98))
+        return -np.log1p(-np.minimum(used / self._pools, 0.98))
 
     @staticmethod
-    def _kinds(tree: DraftTree) -> torch.Tensor:
-        return 2 * (tree.depth.clamp(max=UNION_DEPTH) - 1) + (tree.rank > 0)
+    def _kinds(tree: DraftTree) -> list[int]:
+        depths, ranks = tree.depth.tolist(), tree.rank.tolist()
+        return [2 * (min(depth, UNION_DEPTH) - 1) + (rank > 0) for depth, rank in zip(depths, ranks)]
 
 
 class TimeEstimate:

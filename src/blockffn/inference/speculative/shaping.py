@@ -190,7 +190,7 @@ class CostAwareShaper:
             nodes = self._widen(tree, net, reach, brings, prices)
         self._begun = self._now()
         self._way.shaping = self._begun - began
-        return tree.subtree(torch.tensor(nodes, dtype=torch.int64))
+        return tree if len(nodes) == len(tree) else tree.subtree(torch.tensor(nodes, dtype=torch.int64))
 
     def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None:
         """Learn from a verification of root and tree."""
