@@ -231,7 +231,7 @@ def test_credit_that_was_not_needed_for_long_is_not_saved_up() -> None:
             shaper.observe(chain([]), Verdict([], 0), step_of(1))
         _, sizes = play(shaper, draft_probability=0.05, rounds=40)
         losses.append(10 * sum(sizes))  # milliseconds of verifying what is hardly ever accepted
-    assert 0 < losses[0]
+    assert losses[0] > 0
     assert losses[1] <= losses[0] + 20  # where a plain round takes 20
 
 
