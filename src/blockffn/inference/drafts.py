@@ -12,7 +12,7 @@ from blockffn.checkpoints.load import load, model_folder
 from blockffn.inference.backends import make_target
 from blockffn.inference.native_draft import NativeDraft
 from blockffn.inference.native_target import NativeTarget
-from blockffn.inference.speculative.cost import calibrate, milliseconds_per_level
+from blockffn.inference.speculative.cost import DraftingCost, calibrate, calibrate_drafter
 from blockffn.inference.speculative.decode import Speculation
 from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.drafters.eagle import EagleDrafter, eagle_drafter
@@ -80,16 +80,16 @@ def make_speculation(
     most = Budget(nodes=size, depth=DEEPEST)
     config = model.config
     sparse_layers = 0 if config.ffn_type == "dense" else config.num_hidden_layers - config.first_k_dense_replace
-    of_tree, of_chain = 0.0, None  # of n-grams a tree takes no longer than a chain
+    tree_cost, chain_cost = DraftingCost(), None  # of n-grams a tree takes no longer than a chain
     if not isinstance(drafter, NgramDrafter):
-        of_tree = milliseconds_per_level(target, drafter, most)
-        of_chain = milliseconds_per_level(target, drafter, replace(most, chain=True))
+        tree_cost = calibrate_drafter(target, drafter, most)
+        chain_cost = calibrate_drafter(target, drafter, replace(most, chain=True))
     shaper = CostAwareShaper(
         calibrate(target, seconds=3.0),
         num_experts=max(sparse_layers * config.num_experts, 1),
         clock=time.perf_counter,
-        draft_level=of_tree,
-        chain_level=of_chain,
+        tree=tree_cost,
+        chain=chain_cost,
     )
     return Speculation(drafter, shaper, most)
 

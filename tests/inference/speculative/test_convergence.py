@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blockffn.inference.speculative.cost import CostModel
+from blockffn.inference.speculative.cost import CostModel, DraftingCost
 from blockffn.inference.speculative.growth import BestNodes, Budget
 from blockffn.inference.speculative.shaping import CostAwareShaper
 from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
@@ -116,8 +116,9 @@ def shaper_for(world: World) -> CostAwareShaper:
     node, plain = regime.misjudged * regime.node, regime.misjudged * regime.plain
     cost = CostModel(plain - node, node, 0, 0)
     return CostAwareShaper(
-        cost, num_experts=1, clock=lambda: world.now / 1000, draft_level=regime.assumed, chain_level=regime.link
-    )
+        cost, num_experts=1, clock=lambda: world.now / 1000, tree=DraftingCost(level=regime.assumed),
+        chain=None if regime.link is None else DraftingCost(level=regime.link),
+    )  # fmt: skip
 
 
 def by_cost_rate(world: World, shaper: CostAwareShaper, numbers: range) -> float:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from blockffn.inference.speculative.cost import DraftingCost
 from blockffn.inference.speculative.drafting import (
     FEWEST_ROUNDS,
     HOPE,
@@ -26,7 +27,7 @@ TREE = DraftTree(
 
 
 def way(level: float = 1.0) -> WayOfDrafting:
-    return WayOfDrafting(chain=False, level=level, plain=10.0)
+    return WayOfDrafting(DraftingCost(level=level), chain=False, plain=10.0)
 
 
 def test_what_was_drafted_at_a_step_is_the_children_of_paths_as_probable() -> None:
@@ -58,7 +59,7 @@ def test_before_anything_is_known_everything_is_drafted() -> None:
 def test_a_step_is_worth_what_its_nodes_bring_less_what_its_time_is_worth() -> None:
     one = way(level=2.0)
     brought = Drafted(TREE).by_step({0: 0.5, 2: 0.3})
-    worths = one.learn(Drafted(TREE), brought, steps=LAST, rate=0.1)
+    worths = one.learn(Drafted(TREE), brought, steps=LAST, rate=0.1, read=0)
     assert worths[0] == pytest.approx(0.5 - 0.1 * 2.0)
     assert worths[2] == pytest.approx(0.3 - 0.1 * 2.0)  # one level more
     assert [worths[i] for i in (1, 3, 5, LAST - 1)] == pytest.approx([0.0] * 4)
@@ -66,16 +67,16 @@ def test_a_step_is_worth_what_its_nodes_bring_less_what_its_time_is_worth() -> N
 
 def test_the_first_round_counts_for_a_third_and_later_ones_for_less_until_they_are_forgotten() -> None:
     one, drafted = way(level=0.0), Drafted(TREE)
-    one.learn(drafted, [1.0] * LAST, steps=1, rate=0.1)
+    one.learn(drafted, [1.0] * LAST, steps=1, rate=0.1, read=0)
     after_one = HOPE + (1 - HOPE) / (FEWEST_ROUNDS + 1)
     assert one.worth(0, 1) == pytest.approx(after_one)
     assert one.worth(1, 2) == HOPE  # a step that was not taken teaches nothing
-    one.learn(drafted, [0.0] * LAST, steps=1, rate=0.1)
+    one.learn(drafted, [0.0] * LAST, steps=1, rate=0.1, read=0)
     assert one.worth(0, 1) == pytest.approx(after_one * (1 - 1 / (FEWEST_ROUNDS + 2)))
     before = one.worth(0, 1)
     for _ in range(200):
         one.forget()
-    one.learn(drafted, [0.0] * LAST, steps=1, rate=0.1)
+    one.learn(drafted, [0.0] * LAST, steps=1, rate=0.1, read=0)
     assert one.worth(0, 1) == pytest.approx(before * (1 - 1 / (FEWEST_ROUNDS + 1)))
 
 
@@ -93,7 +94,7 @@ def test_the_steps_with_the_largest_sum_are_usual_if_it_is_worth_anything(worths
     one = way(level=0.0)
     brought = worths + [-0.1] * (LAST - len(worths))
     for _ in range(400):
-        one.learn(Drafted(TREE), brought, steps=LAST, rate=0.1)
+        one.learn(Drafted(TREE), brought, steps=LAST, rate=0.1, read=0)
     assert one.usual == usual
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockffn.inference.speculative.cost import CostModel
+from blockffn.inference.speculative.cost import CostModel, DraftingCost
 from blockffn.inference.speculative.decode import Speculation
 from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.estimates import UnionEstimate
@@ -125,7 +125,7 @@ def play(
 
 def test_levels_are_drafted_while_they_are_worth_their_drafting() -> None:
     cost = CostModel(10, 0.1, 0, 0)
-    shapers = [CostAwareShaper(cost, num_experts=1, draft_level=level) for level in (0.0, 2.0, 9.0)]
+    shapers = [CostAwareShaper(cost, num_experts=1, tree=DraftingCost(level=level)) for level in (0.0, 2.0, 9.0)]
     free, dear, ruinous = (play(shaper, draft_probability=0.5, rounds=120)[0] for shaper in shapers)
     assert set(free) == {6}
     assert 1 <= sum(dear[-40:]) / 40 <= 3
@@ -135,7 +135,7 @@ def test_levels_are_drafted_while_they_are_worth_their_drafting() -> None:
 
 def test_nothing_is_verified_beyond_a_hundredth_of_the_time_to_see_whether_it_pays() -> None:
     cost = CostModel(10, 10, 0, 0)  # a node costs what it brings at most
-    shaper = CostAwareShaper(cost, num_experts=1, draft_level=0.1)
+    shaper = CostAwareShaper(cost, num_experts=1, tree=DraftingCost(level=0.1))
     _, sizes = play(shaper, draft_probability=0.3, rounds=1000)
     assert 0 < sum(sizes) * 10 <= 0.02 * 1000 * 20
 
@@ -165,7 +165,7 @@ def test_a_draft_that_is_slower_than_was_measured_is_given_up() -> None:
     def verified(size: int) -> None:
         now[0] += cost.milliseconds(size + 1, 1, size + 1) / 1000
 
-    shaper = CostAwareShaper(cost, num_experts=1, clock=lambda: now[0], draft_level=0.1)
+    shaper = CostAwareShaper(cost, num_experts=1, clock=lambda: now[0], tree=DraftingCost(level=0.1))
     levels, _ = play(shaper, draft_probability=0.6, rounds=300, verified=verified, drafted=drafted)
     assert levels[0] == 6
     assert sum(levels[-100:]) <= 4
@@ -225,7 +225,7 @@ def test_credit_that_was_not_needed_for_long_is_not_saved_up() -> None:
     cost = CostModel(10, 10, 0, 0)
     losses = []
     for idle in (100, 3000):
-        shaper = CostAwareShaper(cost, num_experts=1, draft_level=0.1)
+        shaper = CostAwareShaper(cost, num_experts=1, tree=DraftingCost(level=0.1))
         for _ in range(idle):
             shaper.budget(Budget(nodes=20, depth=6))
             shaper.observe(chain([]), Verdict([], 0), step_of(1))
@@ -301,13 +301,20 @@ def share_of_chains(shaper: CostAwareShaper, *, second: float, rounds: int = 200
 def test_a_chain_is_drafted_where_it_is_worth_more_than_a_tree(
     tree_level: float, chain_level: float | None, second: float, least: float, most: float
 ) -> None:
-    shaper = CostAwareShaper(CostModel(10, 0.5, 0, 0), num_experts=1, draft_level=tree_level, chain_level=chain_level)
+    shaper = CostAwareShaper(
+        CostModel(10, 0.5, 0, 0),
+        num_experts=1,
+        tree=DraftingCost(level=tree_level),
+        chain=None if chain_level is None else DraftingCost(level=chain_level),
+    )
     assert least <= share_of_chains(shaper, second=second) <= most
 
 
 def test_trees_are_still_tried_now_and_then_while_chains_are_better() -> None:
     """Else it would never be known that second choices have become worth drafting."""
-    shaper = CostAwareShaper(CostModel(10, 0.5, 0, 0), num_experts=1, draft_level=0.9, chain_level=0.5)
+    shaper = CostAwareShaper(
+        CostModel(10, 0.5, 0, 0), num_experts=1, tree=DraftingCost(level=0.9), chain=DraftingCost(level=0.5)
+    )
     assert 0.8 < share_of_chains(shaper, second=0.02, rounds=300) < 1
     assert share_of_chains(shaper, second=0.39, rounds=400) < 0.2
 

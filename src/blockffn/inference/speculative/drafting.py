@@ -7,8 +7,10 @@ what its nodes brought lately, less what drafting them took; those are worth tak
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
+from blockffn.inference.speculative.cost import DraftingCost
 from blockffn.inference.speculative.estimates import TimeEstimate
 from blockffn.inference.speculative.tree import ROOT, DraftTree
 
@@ -28,8 +30,8 @@ class Drafted:
 
     def __init__(self, tree: DraftTree, among: Sequence[int] | None = None) -> None:
         self._parents = tree.parent_list
-        self._probabilities = tree.path_log_probs.exp().tolist()
-        self._depths = tree.depth.tolist()
+        self._probabilities = [math.exp(total) for total in tree.path_totals]
+        self._depths = tree.depths
         self._nodes = range(len(tree)) if among is None else among
         self._deepest = max((self._depths[node] for node in self._nodes), default=0)
 
@@ -56,17 +58,20 @@ class WayOfDrafting:
     """With branches or without: what drafting so takes, and what each of `STEPS` is worth in tokens.
 
     Args:
-        level: milliseconds that drafting a level costs, as far as is known. plain: those of a plain step.
+        cost: as far as is known. plain: milliseconds of a plain step.
 
     Attributes:
-        times: of a proposal, its levels, and nodes whose children are drafted.
+        times: of a proposal, its levels, nodes whose children are drafted, and tokens of the text that the draft had
+            not read yet, as whenever nothing was drafted for long.
         shaping: milliseconds of the last choice of nodes, which is as dear as what was drafted is large.
     """
 
-    def __init__(self, *, chain: bool, level: float, plain: float) -> None:
+    def __init__(self, cost: DraftingCost, *, chain: bool, plain: float) -> None:
         self.chain, self.shaping = chain, 0.0
-        doubt = max(level, 0.02 * plain)
-        self.times = TimeEstimate((0.0, level, 0.0), doubts=(2 * doubt, 2 * doubt, doubt / 2))
+        doubt = max(cost.level, 0.02 * plain)
+        self.times = TimeEstimate(
+            (cost.proposal, cost.level, 0.0, cost.read), doubts=(2 * doubt, 2 * doubt, doubt / 2, doubt / 8)
+        )
         self._worth = [HOPE] * len(STEPS)  # tokens that each step brought lately, less what its time is worth
         self._seen = [FEWEST_ROUNDS] * len(STEPS)
 
@@ -84,15 +89,20 @@ class WayOfDrafting:
         """A round passes."""
         self._seen = [max(FORGET_WORTH * seen, FEWEST_ROUNDS) for seen in self._seen]
 
-    def learn(self, drafted: Drafted, brought: Sequence[float], *, steps: int, rate: float) -> list[float]:
+    def backlog(self, tokens: int) -> float:
+        """Milliseconds of reading so many tokens."""
+        return self.times.prices[-1] * tokens
+
+    def learn(self, drafted: Drafted, brought: Sequence[float], *, steps: int, rate: float, read: int) -> list[float]:
         """From a round that took so many steps; gives what each was worth.
 
         Args:
             brought: what the nodes of each step are worth in tokens. rate: tokens per millisecond of the text.
+            read: tokens that a draft reads in a round, where it drafts in every one.
         """
         before, worths = 0.0, []
         for step in range(steps):
-            spent = self.times.milliseconds(drafted.quantities(STEPS[step]))
+            spent = self.times.milliseconds((*drafted.quantities(STEPS[step]), read))
             worths.append(brought[step] - rate * (spent - before))
             before = spent
             self._seen[step] += 1
@@ -103,7 +113,7 @@ class WayOfDrafting:
 def first_choices(tree: DraftTree) -> list[int]:
     """The nodes of the chain within a tree: from the root on the most probable child each, as a chain is drafted."""
     best: dict[int, int] = {}
-    log_probs = tree.log_probs.tolist()
+    log_probs = tree.log_prob_list
     for node, parent in enumerate(tree.parent_list):
         if parent not in best or log_probs[node] > log_probs[best[parent]]:
             best[parent] = node

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from blockffn.inference.speculative.cost import CostModel, union_and_pairs
+from blockffn.inference.speculative.cost import CostModel, DraftingCost, union_and_pairs
 from blockffn.inference.speculative.drafting import STEPS, Drafted, WayOfDrafting, first_choices
 from blockffn.inference.speculative.estimates import AcceptanceEstimate, TimeEstimate, UnionEstimate
 from blockffn.inference.speculative.growth import Budget
@@ -104,8 +104,8 @@ class CostAwareShaper:
         num_experts: in all layers together; 1 for a dense model.
         overhead: milliseconds that every round costs beside the target's and the draft's.
         clock: seconds; what drafting and verifying cost is learnt by it. `None`: costs are as given.
-        draft_level: milliseconds that drafting one level of a tree costs; 0 for n-grams.
-        chain_level: the same of a chain; `None`: chains are not drafted, as where a tree costs no more.
+        tree: what drafting a tree costs, from `calibrate_drafter`; nothing for n-grams.
+        chain: the same of a chain; `None`: chains are not drafted, as where a tree costs no more.
 
     Draft large trees: a shaper can only cut.
     """
@@ -117,8 +117,8 @@ class CostAwareShaper:
         num_experts: int,
         overhead: float = 0.0,
         clock: Callable[[], float] | None = None,
-        draft_level: float = 0.0,
-        chain_level: float | None = None,
+        tree: DraftingCost | None = None,
+        chain: DraftingCost | None = None,
     ) -> None:
         if num_experts < 1:
             raise ValueError(f"num_experts counts those of all layers, 1 for a dense model; got {num_experts}")
@@ -126,8 +126,8 @@ class CostAwareShaper:
         self._cost, self._clock = cost, clock
         self._union = UnionEstimate(num_experts, share=1.0 if num_experts == 1 else 0.15)
         plain = overhead + cost.milliseconds(1, self._union.active, self._union.active)
-        self._tree = WayOfDrafting(chain=False, level=draft_level, plain=plain)
-        self._chain = None if chain_level is None else WayOfDrafting(chain=True, level=chain_level, plain=plain)
+        self._tree = WayOfDrafting(tree or DraftingCost(), chain=False, plain=plain)
+        self._chain = None if chain is None else WayOfDrafting(chain, chain=True, plain=plain)
         # Of a round, its tokens, and the cost model's milliseconds.
         self._verifying = TimeEstimate((overhead, 0.0, 1.0), doubts=(plain / 2, plain / 16, 0.25))
         self._tokens, self._milliseconds = float(FIRST_ROUNDS), FIRST_ROUNDS * plain
@@ -137,7 +137,9 @@ class CostAwareShaper:
         self._explores = self._is_other = False  # this round; by drafting the other way
         self._lost = 0.0  # by exploring, in this round, as far as is known before the verification
         self._more: dict[int, float] = {}  # nodes that are verified to explore, with the hope of each
-        self._drafted: tuple[int, int, int] | None = None  # quantities of the way's `times`
+        self._drafted: tuple[int, ...] | None = None  # quantities of the way's `times`
+        self._unread, self._own = 0, 1  # tokens since the last proposal, and of the last round
+        self._undrafted, self._verified = 0, (1.0, 1.0, plain)  # rounds; of the last that was measured, as `_verifying`
         self._begun = self._late = 0.0  # milliseconds: a time; of the last `observe`
 
     @property
@@ -145,6 +147,10 @@ class CostAwareShaper:
         """Tokens per millisecond of the recent rounds, without what exploring took; of plain decoding at least."""
         active = self._union.active
         return max(self._tokens / self._milliseconds, 1 / self._current_cost().milliseconds(1, active, active))
+
+    def start(self, tokens: int) -> None:
+        """A text of so many tokens begins, which a draft has to read."""
+        self._unread = tokens
 
     def budget(self, most: Budget) -> Budget:
         """What to draft: the steps that lately brought more than they cost, and more where this round explores."""
@@ -176,7 +182,7 @@ class CostAwareShaper:
 
         net = net_of()
         usual = self._way.usual
-        worths = self._way.learn(drafted, drafted.by_step(net), steps=self._taken, rate=rate)
+        worths = self._way.learn(drafted, drafted.by_step(net), steps=self._taken, rate=rate, read=self._own)
         if self._chain is not None and not self._way.chain:
             chain = first_choices(tree)
             self._compare(worths, usual, Drafted(tree, chain), net_of(chain))
@@ -195,22 +201,27 @@ class CostAwareShaper:
     def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None:
         """Learn from a verification of root and tree."""
         now = self._now()
-        union, pairs = union_and_pairs(step)
-        quantities = (1, len(tree) + 1, self._cost.milliseconds(len(tree) + 1, union, pairs))
-        if self._clock is not None:
-            for way in self._ways:
-                way.times.forget()
-            self._verifying.forget()
-            self._verifying.observe(quantities, now - self._begun + self._late)
-        spent = self._verifying.milliseconds(quantities)
+        # One round of four will do where nothing was drafted: they are alike, and learning takes its time.
+        self._undrafted = self._undrafted + 1 if self._drafted is None and not len(tree) else 0
+        learns = self._undrafted % 4 == 0
+        for estimate in (self._verifying, *(way.times for way in self._ways)):
+            estimate.forget()
+        if learns:
+            union, pairs = union_and_pairs(step)
+            self._verified = (1, len(tree) + 1, self._cost.milliseconds(len(tree) + 1, union, pairs))
+            if self._clock is not None:
+                self._verifying.observe(self._verified, now - self._begun + self._late)
+        spent = self._verifying.milliseconds(self._verified)
         if self._drafted is not None:
             spent += self._way.times.milliseconds(self._drafted)
         luck = sum((node in verdict.path) - hope for node, hope in self._more.items())
         self._credit = min(self._credit + EXPLORE * spent - self._lost + luck / self.rate, MOST_CREDIT * spent)
         self._tokens = FORGET_RATE * self._tokens + len(verdict.path) + 1
         self._milliseconds = FORGET_RATE * self._milliseconds + max(spent - self._lost, 0.0)
+        self._own = len(verdict.path) + 1
+        self._unread += self._own
         self.acceptance.observe(tree, verdict)
-        if step.active is not None:
+        if learns and step.active is not None:
             last = verdict.path[-1] + 1 if verdict.path else 0
             self._union.observe(tree, union=union, active=step.active.sum(dim=0).tolist(), last=last)
         self._late = self._now() - now
@@ -251,7 +262,10 @@ class CostAwareShaper:
         )
 
     def _learn_drafting(self, drafted: Drafted, milliseconds: float) -> None:
-        self._drafted = drafted.quantities(STEPS[self._taken - 1])
+        self._drafted = (*drafted.quantities(STEPS[self._taken - 1]), self._unread)
+        if not self._usual_way().usual:  # else it would have been read anyway
+            self._lost += self._way.backlog(max(self._unread - self._own, 0))
+        self._unread = 0
         if self._clock is None:
             return
         self._way.times.observe(self._drafted, milliseconds)
@@ -266,7 +280,7 @@ class CostAwareShaper:
         """
         assert self._chain is not None
         rate, chains = self.rate, self._chain.usual
-        known = self._chain.learn(drafted, drafted.by_step(net), steps=self._taken, rate=rate)
+        known = self._chain.learn(drafted, drafted.by_step(net), steps=self._taken, rate=rate, read=self._own)
         of_chain = sum(known[:chains]) + self._chain.worth(self._taken, chains)
         self._compared += 1
         self._lead += (sum(worths[:usual]) - of_chain - self._lead) / self._compared
