@@ -77,7 +77,11 @@ class World:
     def verify(self, number: int, tree: DraftTree) -> tuple[float, Verdict]:
         """Expected tokens, and what is accepted."""
         self.now += self.regime.plain + self.regime.node * len(tree)
-        right = [self.regime.trust * p for p in tree.log_probs.exp().tolist()]
+        right: list[float] = []
+        left = dict.fromkeys((ROOT, *range(len(tree))), 0.98)  # of each node's children, those that come first
+        for p, parent in zip(tree.log_probs.exp().tolist(), tree.parent_list):
+            right.append(min(self.regime.trust * p, left[parent]))
+            left[parent] -= right[-1]
         reach: list[float] = []
         for own, parent in zip(right, tree.parent_list):
             reach.append(own * (1.0 if parent == ROOT else reach[parent]))
@@ -165,6 +169,7 @@ REGIMES = {
     "chains that are dearer than trees": Regime(0.7, children=0.0, link=4.0),
     "chains where many nodes pay": Regime(0.45, node=0.2, level=0.5, children=0.05, link=0.3),
     "chains where nothing pays": Regime(0.2, trust=0.5, link=0.9),
+    "a draft that doubts itself": Regime(0.35, trust=2.2, link=0.9),
 }
 
 

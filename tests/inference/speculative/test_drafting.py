@@ -26,8 +26,8 @@ TREE = DraftTree(
 )
 
 
-def way(level: float = 1.0) -> WayOfDrafting:
-    return WayOfDrafting(DraftingCost(level=level), chain=False, plain=10.0)
+def way(level: float = 1.0, *, chain: bool = False) -> WayOfDrafting:
+    return WayOfDrafting(DraftingCost(level=level), chain=chain, plain=10.0)
 
 
 def test_what_was_drafted_at_a_step_is_the_children_of_paths_as_probable() -> None:
@@ -91,11 +91,18 @@ def test_the_first_round_counts_for_a_third_and_later_ones_for_less_until_they_a
     ],
 )
 def test_the_steps_with_the_largest_sum_are_usual_if_it_is_worth_anything(worths: list[float], usual: int) -> None:
-    one = way(level=0.0)
+    one = way(level=0.0, chain=True)
     brought = worths + [-0.1] * (LAST - len(worths))
     for _ in range(400):
         one.learn(Drafted(TREE), brought, steps=LAST, rate=0.1, read=0)
     assert one.usual == usual
+
+
+def test_a_tree_is_usual_whatever_little_it_brings() -> None:
+    one = way(level=0.0)
+    for _ in range(400):
+        one.learn(Drafted(TREE), [0.5 * LEAST_WORTH] + [-0.1] * (LAST - 1), steps=LAST, rate=0.1, read=0)
+    assert one.usual == 1
 
 
 def test_the_chain_within_a_tree_is_that_of_the_most_probable_children() -> None:

@@ -16,7 +16,7 @@ from blockffn.inference.speculative.decode import Speculation
 from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.estimates import UnionEstimate
 from blockffn.inference.speculative.growth import BestNodes, Budget
-from blockffn.inference.speculative.shaping import FIRST_CREDIT, CostAwareShaper, Prices, choose_nodes
+from blockffn.inference.speculative.shaping import CostAwareShaper, Prices, choose_nodes
 from blockffn.inference.speculative.tree import DraftTree, chain
 from blockffn.inference.speculative.verify import Verdict
 from blockffn.inference.target import Step
@@ -137,7 +137,7 @@ def test_nothing_is_verified_beyond_a_hundredth_of_the_time_to_see_whether_it_pa
     cost = CostModel(10, 10, 0, 0)  # a node costs what it brings at most
     shaper = CostAwareShaper(cost, num_experts=1, tree=DraftingCost(level=0.1))
     _, sizes = play(shaper, draft_probability=0.3, rounds=1000)
-    assert 0 < sum(sizes) * 10 <= (0.02 * 1000 + FIRST_CREDIT) * 20
+    assert 0 < sum(sizes) * 10 <= 0.02 * 1000 * 20
 
 
 def test_what_a_round_costs_besides_is_learnt_by_the_clock_and_makes_trees_larger() -> None:
@@ -182,7 +182,6 @@ def step_of(tokens: int, active: list[int] | None = None) -> Step:
 def test_a_round_that_explored_for_nothing_is_followed_by_none(accepted: bool) -> None:
     """What was tried alone lies at the end of the drafted tree, and at the beginning of the verified one."""
     shaper = CostAwareShaper(TOKENS, num_experts=1)  # a token costs what it brings if it is accepted
-    shaper._credit = -1.0  # what there is at first has been spent
     tree = DraftTree(torch.arange(4), torch.full((4,), -1), torch.tensor([0.02, 0.02, 0.5, 0.05]).log())
     for _ in range(100):
         shaper.budget(Budget(nodes=4, depth=1))

@@ -17,7 +17,8 @@ from blockffn.inference.speculative.tree import ROOT, DraftTree
 # Steps of drafting: children of the root alone, then of nodes whose path is ever less probable.
 STEPS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12, 0.08, 0.05, 0.0)
 HOPE = 0.1  # tokens that a step brings, before anything is known
-LEAST_WORTH = 0.02  # tokens that drafting must bring to be usual: the best of noisy estimates promises too much
+# Tokens that chains must bring to be usual where trees are known, too: the best of noisy estimates promises too much.
+LEAST_WORTH = 0.02
 FORGET_WORTH, FEWEST_ROUNDS = 0.97, 2.0  # what a step was worth before a round counts as so many at least
 
 
@@ -70,7 +71,8 @@ class WayOfDrafting:
         self.chain, self.shaping = chain, 0.0
         doubt = max(cost.level, 0.02 * plain)
         self.times = TimeEstimate(
-            (cost.proposal, cost.level, 0.0, cost.read), doubts=(2 * doubt, 2 * doubt, doubt / 2, doubt / 8)
+            (cost.proposal, cost.level, 0.0, cost.read),
+            doubts=(2 * doubt, 2 * doubt, doubt / 2, cost.read / 2 + doubt / 128),
         )
         self._worth = [HOPE] * len(STEPS)  # tokens that each step brought lately, less what its time is worth
         self._seen = [FEWEST_ROUNDS] * len(STEPS)
@@ -78,7 +80,7 @@ class WayOfDrafting:
     @property
     def usual(self) -> int:
         """Steps that seem to pay."""
-        totals = [LEAST_WORTH, *itertools.accumulate(self._worth)]
+        totals = [LEAST_WORTH if self.chain else 0.0, *itertools.accumulate(self._worth)]
         return max(range(len(totals)), key=lambda steps: totals[steps])
 
     def worth(self, start: int, end: int) -> float:

@@ -22,9 +22,7 @@ from blockffn.inference.target import Step
 FORGET_RATE, FIRST_ROUNDS = 0.99, 2  # plain ones, from which the rate starts
 HOPELESS = 0.25  # of the rate: what a node must promise per millisecond for growth to go on
 EXPLORE, MOST_CREDIT = 0.0125, 0.5  # of the time; of a round's
-FIRST_CREDIT = 5  # plain rounds: once, to know the draft, whose probabilities are not to be trusted at first
 FURTHER, WIDER = (1, 2, 4), 2  # steps more, in turn; times as many nodes
-FROM_NONE = (2, 4, len(STEPS))  # the same where nothing is drafted; the first alone seldom pays for a proposal
 OTHER_WAY = 0  # in place of more steps: drafting without branches instead of with, or the other way round
 FORGET_LEAD, FEWEST_TREES = 0.97, 4.0  # as for what a step is worth; of trees that were compared with their chains
 
@@ -134,11 +132,11 @@ class CostAwareShaper:
         self._verifying = TimeEstimate((overhead, 0.0, 1.0), doubts=(plain / 2, plain / 16, 0.25))
         self._tokens, self._milliseconds = float(FIRST_ROUNDS), FIRST_ROUNDS * plain
         self._lead, self._compared = 0.0, FEWEST_TREES  # tokens that trees brought more than their chains
-        self._credit, self._explored = FIRST_CREDIT * plain, 0  # milliseconds, rounds
+        self._credit, self._explored = -plain, 0  # milliseconds, rounds
         self._way, self._taken = self._tree, 0  # of this round, and its steps of drafting
         self._explores = self._is_other = False  # this round; by drafting the other way
         self._lost = 0.0  # by exploring, in this round, as far as is known before the verification
-        self._hopes: dict[int, float] = {}  # nodes that are verified while exploring, with the hope of each
+        self._hopes: dict[int, float] = {}  # nodes that are verified to explore, with the hope of each
         self._drafted: tuple[int, ...] | None = None  # quantities of the way's `times`
         self._unread, self._own = 0, 1  # tokens since the last proposal, and of the last round
         self._undrafted, self._verified = 0, (1.0, 1.0, plain)  # rounds; of the last that was measured, as `_verifying`
@@ -197,7 +195,7 @@ class CostAwareShaper:
         if self._explores and not self._is_other:
             nodes = self._widen(tree, net, reach, brings, prices)
         if self._explores:
-            self._hopes = {place: reach[node] for place, node in enumerate(sorted(nodes))}
+            self._hopes = {place: reach[node] for place, node in enumerate(sorted(nodes)) if node not in net}
         self._begun = self._now()
         self._way.shaping = self._begun - began
         return tree if len(nodes) == len(tree) else tree.subtree(torch.tensor(nodes, dtype=torch.int64))
@@ -219,8 +217,7 @@ class CostAwareShaper:
         if self._drafted is not None:
             spent += self._way.times.milliseconds(self._drafted)
         luck = sum((node in verdict.path) - hope for node, hope in self._hopes.items())
-        gain = EXPLORE * spent - self._lost + luck / self.rate
-        self._credit = min(self._credit + gain, max(MOST_CREDIT * spent, self._credit))
+        self._credit = min(self._credit + EXPLORE * spent - self._lost + luck / self.rate, MOST_CREDIT * spent)
         self._tokens = FORGET_RATE * self._tokens + len(verdict.path) + 1
         self._milliseconds = FORGET_RATE * self._milliseconds + max(spent - self._lost, 0.0)
         self._own = len(verdict.path) + 1
@@ -246,13 +243,13 @@ class CostAwareShaper:
     def _explore(self) -> None:
         """Draft further, or the other way."""
         self._explored += 1
-        in_turn = list(FURTHER if self._taken else FROM_NONE)
+        in_turn = list(FURTHER)
         if self._chain is not None:  # seldom the other way where nothing pays
             in_turn = [step for more in in_turn for step in (more, OTHER_WAY)] if self._taken else [*in_turn, OTHER_WAY]
         further = in_turn[self._explored % len(in_turn)]
         if further == OTHER_WAY:
             self._way = next(way for way in self._ways if way is not self._way)
-            self._taken, self._is_other = self._way.usual or FROM_NONE[0], True
+            self._taken, self._is_other = max(self._way.usual, 1), True
         else:
             self._taken = min(self._way.usual + further, len(STEPS))
 
