@@ -1,14 +1,14 @@
-"""Trees cut by cost against trees of a fixed size, decoding for real: `tree_simulation.py` is the simulation.
+"""Trees cut by cost against fixed trees and chains, decoding for real: `tree_simulation.py` is the simulation.
 
     python benchmarks/tree_sweep.py /tmp/synthetic-0.8b --dense /tmp/synthetic-0.8b-dense --precisions bf16 int4 \\
-        --drafts oracle:0.4 oracle:0.75 oracle:0.9 oracle:0.9,0.1 --json tree-sweep.json --plot tree-sweep.png
-    python benchmarks/tree_sweep.py models/mini-books --precisions int4 --drafts ngram
+        --drafts oracle:0.4 oracle:0.75 oracle:0.9 oracle:0.97,0.03 --json tree-sweep.json --plot tree-sweep.png
+    python benchmarks/tree_sweep.py models/mini-books --precisions int4 --drafts ngram models/mini-books/draft
 
 A regime is a model, a precision and a draft: one that is right at some rate (simulated acceptance, the time of a real
 head of random weights), or at several in turn, a passage of the text each; n-grams; or a trained draft's folder. In
-every regime plain decoding, trees of several fixed sizes and the tree that is cut by cost take turns on the same
-prompts; all drafts are right at the same places. `gain` is the tree by cost over the best fixed size
-of the regime, which nobody knows in advance, and over plain decoding.
+every regime plain decoding, trees and chains of several fixed sizes and the tree that is cut by cost take turns on the
+same prompts; all drafts are right at the same places. `gain` is the tree by cost over the best fixed size or chain of
+the regime, which nobody knows in advance and which plain decoding is one of, and over plain decoding.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from matplotlib.figure import Figure
 from blockffn.checkpoints.load import load
 from blockffn.checkpoints.tokenizer import load_tokenizer
 from blockffn.evaluation.decoding.modes import BY_COST, FIXED, PLAIN, Subject
-from blockffn.evaluation.decoding.prompts import EncodedPrompt, encode_prompts, own_prompts
-from blockffn.evaluation.decoding.rounds import WayResult, time_ways
+from blockffn.evaluation.decoding.prompts import EncodedPrompt, Prompt, encode_prompts, own_prompts, text_pieces
+from blockffn.evaluation.decoding.rounds import Rate, WayResult, time_ways
 from blockffn.evaluation.machine import describe_machine
 from blockffn.inference.backends import make_target
 from blockffn.reporting import chart
 from blockffn.reporting.chart import BLUE, GREEN, GREY, MUTED, styled
 
-FIXED_SIZES = (1, 3, 7, 15, 31)
+FIXED_SIZES = ("1", "3", "7", "15", "31", "chain:2", "chain:3", "chain:5", "chain:8")
 
 
 @dataclass(frozen=True)
@@ -44,32 +44,35 @@ class Sweep:
     """A regime's result. Rates are new tokens per second.
 
     Attributes:
-        fixed: by draft tokens, 0 for plain decoding. by_cost: of the tree that is cut. tree_size: its mean.
+        fixed: by draft tokens or `chain:N`, and `plain`. by_cost: of the tree that is cut. tree_size: its mean.
         best_fixed: the size with the highest rate. gain, gain_over_plain: of the tree by cost, medians of the rounds'.
+        gain_of_rounds: the lowest and the highest.
     """
 
     model: str
     precision: str
     draft: str
-    fixed: dict[int, float]
+    fixed: dict[str, float]
     by_cost: float
     tree_size: float
     acceptance_length: float
-    best_fixed: int
+    best_fixed: str
     gain: float
     gain_over_plain: float
+    gain_of_rounds: tuple[float, float]
 
 
 def summarise(model: str, precision: str, draft: str, results: Sequence[WayResult]) -> Sweep:
     """From the timed ways of a regime, the tree by cost being the baseline of their ratios."""
-    fixed, ratios = {}, {}
+    fixed: dict[str, float] = {}
+    rates: dict[str, Rate] = {}
     cut = next(result for result in results if result.way.endswith(BY_COST))
     for result in results:
         if result is cut:
             continue
-        size = 0 if result.way.endswith(PLAIN) else int(result.way.rpartition(f"{FIXED} ")[2])
-        assert result.overall.ratio is not None
-        fixed[size], ratios[size] = result.overall.tokens_per_second, result.overall.ratio
+        size = PLAIN if result.way.endswith(PLAIN) else result.way.rpartition(f"{FIXED} ")[2]
+        fixed[size], rates[size] = result.overall.tokens_per_second, result.overall
+    ratios = {size: _known(rate.ratio) for size, rate in rates.items()}
     best = max(ratios, key=lambda size: ratios[size])
     assert cut.tree_size is not None
     assert cut.overall.acceptance_length is not None
@@ -83,13 +86,19 @@ def summarise(model: str, precision: str, draft: str, results: Sequence[WayResul
         cut.overall.acceptance_length,
         best,
         gain=1 / ratios[best],
-        gain_over_plain=1 / ratios[0],
+        gain_over_plain=1 / ratios[PLAIN],
+        gain_of_rounds=(1 / _known(rates[best].highest_ratio), 1 / _known(rates[best].lowest_ratio)),
     )
+
+
+def _known(ratio: float | None) -> float:
+    assert ratio is not None
+    return ratio
 
 
 def sweep_regime(
     subject: Subject, precision: str, draft: str, prompts: Sequence[EncodedPrompt], *, tokens: int, rounds: int,
-    sizes: Sequence[int] = FIXED_SIZES,
+    sizes: Sequence[str] = FIXED_SIZES,
 ) -> Sweep:  # fmt: skip
     """Time one regime."""
     subject.draft = draft
@@ -117,9 +126,9 @@ def draw(rows: Sequence[dict[str, Any]], machine: str) -> Figure:
         ends = []
         for size in own[0]["fixed"]:
             y = [row["fixed"][size] for row in own]
-            color = BLUE if int(size) == 0 else GREY
+            color = BLUE if size == PLAIN else GREY
             axes.plot(x, y, "o-", color=color, markersize=2.5, linewidth=1.0)
-            ends.append((y[-1], "plain" if int(size) == 0 else str(size), color))
+            ends.append((y[-1], size, color))
         y = [row["by_cost"] for row in own]
         axes.plot(x, y, "o-", color=GREEN, markersize=4, linewidth=2.2)
         ends.append((y[-1], "by cost", GREEN))
@@ -132,6 +141,12 @@ def draw(rows: Sequence[dict[str, Any]], machine: str) -> Figure:
     return figure
 
 
+def chosen_prompts(options: argparse.Namespace) -> list[Prompt]:
+    """Our own, one of each kind, and pieces of a text."""
+    pieces = [] if options.text is None else text_pieces(options.text, count=options.prompts, characters=600)
+    return [*own_prompts(per_task=1)[: options.prompts], *pieces]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -139,21 +154,22 @@ def main() -> None:
     parser.add_argument("--drafts", nargs="+", default=[f"oracle:{rate}" for rate in ("0.4", "0.6", "0.8", "0.9")])
     parser.add_argument("--precisions", nargs="+", default=["auto"])
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(FIXED_SIZES))
+    parser.add_argument("--sizes", nargs="+", default=list(FIXED_SIZES), metavar="N|chain:N")
     parser.add_argument("--tokens", type=int, default=96, help="new tokens of a prompt")
     parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--text", type=Path, help="a text whose pieces are continued as well, as many as --prompts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     rows = []
     machine = describe_machine(torch.device("cpu" if not torch.cuda.is_available() else "cuda"))
-    columns = "".join(f"{'plain' if size == 0 else size:>8}" for size in (0, *options.sizes))
+    columns = "".join(f"{size:>8}" for size in (PLAIN, *options.sizes))
     print(f"{'new tokens/s':<32}{columns}{'by cost (nodes)':>18}{'over best':>11}{'over plain':>11}")
     for path in (options.model, *([options.dense] if options.dense else [])):
         model = load(path, device="cuda" if torch.cuda.is_available() else "cpu")
         label = "dense" if model.config.ffn_type == "dense" else "sparse"
-        prompts = encode_prompts(load_tokenizer(path), own_prompts(per_task=1)[: options.prompts], max_tokens=160)
+        prompts = encode_prompts(load_tokenizer(path), chosen_prompts(options), max_tokens=160)
         for precision in options.precisions:
             capacity = 160 + options.tokens + 64
             target = make_target(model, backend=options.backend, precision=precision, capacity=capacity)
@@ -165,7 +181,7 @@ def main() -> None:
                     sizes=options.sizes,
                 )  # fmt: skip
                 rows.append(asdict(row))
-                rates = "".join(f"{row.fixed[size]:>8.1f}" for size in (0, *options.sizes))
+                rates = "".join(f"{row.fixed[size]:>8.1f}" for size in (PLAIN, *options.sizes))
                 cut = f"{row.by_cost:.1f} ({row.tree_size:.1f})"
                 gains = f"{row.gain:>10.2f}×{row.gain_over_plain:>10.2f}×"
                 print(f"{f'{label}, {precision}, {draft}':<32}{rates}{cut:>18}{gains}", flush=True)
@@ -175,7 +191,8 @@ def main() -> None:
         about = {"device": machine, "torch": torch.__version__, "python": platform.python_version(),
                  "date": datetime.now(UTC).isoformat(timespec="seconds")}  # fmt: skip
         settings = {"tokens": options.tokens, "prompts": options.prompts, "rounds": options.rounds,
-                    "model": options.model.name, "backend": options.backend}  # fmt: skip
+                    "model": options.model.name, "backend": options.backend,
+                    "text": None if options.text is None else options.text.name}  # fmt: skip
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=1) + "\n")
     if options.plot is not None:

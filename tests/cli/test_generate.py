@@ -104,8 +104,9 @@ def test_a_value_may_follow_behind_an_equals_sign_or_at_the_end(blockffn, folder
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (["--speculative", "--tree", "many"], "--tree must be auto, a number of draft tokens or chain:N, got 'many'"),
-    (["--speculative", "--tree", "0"], "tree must be 'auto' or a number of draft tokens from 1 to 63, got 0"),
+    (["--speculative", "--tree", "many"], "tree must be 'auto' or a number of draft tokens from 1 to 63, got 'many'"),
+    (["--speculative", "--tree", "0"], "tree must be 'auto' or a number of draft tokens from 1 to 63, got '0'"),
+    (["--speculative", "--tree", "chain:17"], "got 'chain:17'; or 'chain:N' for 1 to 16 without branches"),
     (["--speculative", "nowhere"], "nowhere is no draft: give 'ngram', or the folder of a trained draft"),
     (["--check-lossless"], "--tree and --check-lossless go with --speculative"),
     (["--tree", "4"], "--tree and --check-lossless go with --speculative"),

@@ -15,7 +15,16 @@ from transformers import PreTrainedTokenizerFast
 from blockffn.checkpoints.quantization_config import BlockFFNQuantizationConfig
 from blockffn.checkpoints.quantize import pack_model
 from blockffn.data.tokenizer import train_tokenizer
-from blockffn.inference.drafts import find_draft, make_speculation, resolve_draft
+from blockffn.inference.drafts import (
+    BRANCHES,
+    LARGEST_BY_COST,
+    LEVELS,
+    LEVELS_BY_COST,
+    find_draft,
+    make_speculation,
+    resolve_draft,
+    tree_shape,
+)
 from blockffn.inference.engine import Engine
 from blockffn.inference.model_target import ModelTarget
 from blockffn.inference.speculative.drafters.eagle import EagleDrafter, eagle_drafter
@@ -221,7 +230,7 @@ def test_mistakes_are_named(
         make_speculation(model, target, "ngramm")
     with pytest.raises(ValueError, match="holds no model"):
         make_speculation(model, target, tmp_path)
-    for tree in (0, 64, "many", True):
+    for tree in (0, 64, "64", "many", "chain:", "²", 7.0, True):
         with pytest.raises(
             ValueError, match=f"tree must be 'auto' or a number of draft tokens from 1 to 63, got {tree!r}"
         ):
@@ -240,6 +249,12 @@ def test_mistakes_are_named(
         Engine(model, tokenizer, draft=drawing, tree=4).generate(PROMPT, check_lossless=True)
     with pytest.raises(ValueError, match="leave out capacity=9"):
         Engine(model, tokenizer, target=target, capacity=9)
+
+
+def test_a_tree_is_read_alike_from_a_number_and_from_text() -> None:
+    assert tree_shape(7) == tree_shape("7") == (7, BRANCHES, LEVELS)
+    assert tree_shape("chain:16") == (16, 1, 16)
+    assert tree_shape("auto") == (LARGEST_BY_COST, BRANCHES, LEVELS_BY_COST)
 
 
 def test_a_difference_is_reported(model: BlockFFNForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -94,8 +94,7 @@ def decode(
 
     same = draft if draft in (None, "none", "ngram", "auto") or str(draft).startswith("oracle:") else "none"
     settings = BenchSettings(
-        draft=draft, dense_draft=dense_draft or same,
-        priced=not free_draft, tree=int(tree) if tree.isdecimal() else tree,
+        draft=draft, dense_draft=dense_draft or same, priced=not free_draft, tree=tree,
         backend=backend, precision=precision, screen_head=screen_head, device=device, max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens, rounds=rounds, peers=_words(peers),
     )  # fmt: skip

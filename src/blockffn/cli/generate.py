@@ -101,13 +101,12 @@ def generate(
     from blockffn.evaluation.run import load_run
     from blockffn.evaluation.sample import describe
     from blockffn.inference.backends import make_target
-    from blockffn.inference.drafts import check_draft, resolve_draft
+    from blockffn.inference.drafts import check_draft, resolve_draft, tree_shape
     from blockffn.inference.engine import Engine
     from blockffn.ops.native import MAX_BEST
 
     check_json(json_path)
-    if tree != "auto" and not tree.removeprefix("chain:").isdecimal():
-        raise ValueError(f"--tree must be auto, a number of draft tokens or chain:N, got {tree!r}")
+    tree_shape(tree)
     if speculative is None and (tree != "auto" or check_lossless):
         raise ValueError("--tree and --check-lossless go with --speculative")
     if screen_head is not None and (repetition_penalty != 1 or (temperature > 0 and not 0 < top_k <= MAX_BEST)):
@@ -124,7 +123,7 @@ def generate(
     with doing(errors, "packing the weights"):
         target = make_target(model, backend=backend, precision=precision, screen_head=screen_head)
     with doing(errors, "loading the draft and measuring what it costs" if draft is not None else "getting ready"):
-        engine = Engine(model, tokenizer, target=target, draft=draft, tree=int(tree) if tree.isdecimal() else tree)
+        engine = Engine(model, tokenizer, target=target, draft=draft, tree=tree)
     if draft is not None:
         source = "n-grams of the text" if draft == "ngram" else str(draft)
         alone = f"; {path} has no folder draft" if speculative == "auto" and draft == "ngram" else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from blockffn.checkpoints.draft import load_draft
@@ -12,7 +13,7 @@ from blockffn.checkpoints.load import load, model_folder
 from blockffn.inference.backends import make_target
 from blockffn.inference.native_draft import NativeDraft
 from blockffn.inference.native_target import NativeTarget
-from blockffn.inference.speculative.cost import calibrate, milliseconds_per_level
+from blockffn.inference.speculative.cost import DraftingCost, calibrate, calibrate_drafter
 from blockffn.inference.speculative.decode import Speculation
 from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.drafters.eagle import EagleDrafter, eagle_drafter
@@ -27,9 +28,11 @@ from blockffn.models.draft import DraftModel
 
 Draft = str | Path | DraftModel | Drafter
 LARGEST, DEEPEST = 63, 16  # draft tokens of a tree, and levels
+LEVELS = 5  # of a trained draft's tree with branches: each is a run of it
 BRANCHES = 8  # of a node
 CHAIN = "chain:"
 LARGEST_BY_COST = 31  # what `auto` drafts, to cut it: with the token before them a power of two
+LEVELS_BY_COST = 8
 
 
 def find_draft(path: Path) -> Path | None:
@@ -71,53 +74,65 @@ def make_speculation(
     Raises:
         ValueError: there is no draft in the folder, it is another model's, or `tree` is none of these.
     """
-    size, branches = tree_shape(tree)
-    drafter = make_drafter(model, draft, size=size, branches=branches, target=target)
+    size, branches, levels = tree_shape(tree)
+    drafter = make_drafter(model, draft, size=size, branches=branches, levels=levels, target=target)
     if tree != "auto":
         return Speculation(drafter, most=Budget(nodes=size, depth=DEEPEST))
     most = Budget(nodes=size, depth=DEEPEST)
     config = model.config
     sparse_layers = 0 if config.ffn_type == "dense" else config.num_hidden_layers - config.first_k_dense_replace
+    tree_cost, chain_cost = DraftingCost(), None  # of n-grams a tree takes no longer than a chain
+    if not isinstance(drafter, NgramDrafter):
+        tree_cost = calibrate_drafter(target, drafter, most)
+        chain_cost = calibrate_drafter(target, drafter, replace(most, chain=True))
     shaper = CostAwareShaper(
         calibrate(target, seconds=3.0),
         num_experts=max(sparse_layers * config.num_experts, 1),
         clock=time.perf_counter,
-        draft_level=0.0 if isinstance(drafter, NgramDrafter) else milliseconds_per_level(target, drafter, most),
+        tree=tree_cost,
+        chain=chain_cost,
     )
     return Speculation(drafter, shaper, most)
 
 
-def tree_shape(tree: str | int) -> tuple[int, int]:
-    """Draft tokens and branches of a node that `tree` asks for.
+def tree_shape(tree: str | int) -> tuple[int, int, int]:
+    """What `tree` asks for: `auto`, a number, also as text, or `chain:N`.
+
+    Returns:
+        Draft tokens; branches of a node; levels of a trained draft's tree.
 
     Raises:
         ValueError: it is neither `auto`, nor 1 to 63, nor `chain:1` to `chain:16`.
     """
     if tree == "auto":
-        return LARGEST_BY_COST, BRANCHES
+        return LARGEST_BY_COST, BRANCHES, LEVELS_BY_COST
     is_chain = isinstance(tree, str) and tree.startswith(CHAIN)
-    number = str(tree).removeprefix(CHAIN) if is_chain or isinstance(tree, int) else ""
+    number = str(tree).removeprefix(CHAIN)  # no digits where it is neither a number nor text, such as True
     most = DEEPEST if is_chain else LARGEST
-    if isinstance(tree, bool) or not number.isdecimal() or not 1 <= int(number) <= most:
+    if not (number.isascii() and number.isdecimal()) or not 1 <= int(number) <= most:
         raise ValueError(
             f"tree must be 'auto' or a number of draft tokens from 1 to {LARGEST}, got {tree!r}; or 'chain:N' for 1 to "
             f"{DEEPEST} without branches"
         )
-    return int(number), 1 if is_chain else BRANCHES
+    size = int(number)
+    return (size, 1, size) if is_chain else (size, BRANCHES, min(size, LEVELS))
 
 
 def make_drafter(
-    model: BlockFFNForCausalLM, draft: Draft, *, size: int, branches: int = BRANCHES, target: Target | None = None
-) -> Drafter:
+    model: BlockFFNForCausalLM, draft: Draft, *, size: int, branches: int = BRANCHES, levels: int | None = None,
+    target: Target | None = None,
+) -> Drafter:  # fmt: skip
     """The drafter behind `draft`, with trees of `size` nodes; one branch makes chains. Errors as above.
+
+    Args:
+        levels: of a trained draft's tree; `None`: those of a chain, or `LEVELS`. N-grams need no runs and go deeper.
 
     Beside a `NativeTarget` a trained draft runs natively too, in the same precision.
     """
     if draft == "ngram":
         return NgramDrafter(depth=min(size, DEEPEST), size=size, branches=min(branches, 4))
-    # Every level of a trained draft's tree is a run of it.
-    depth = size if branches == 1 else min(size, 5)
-    growth = BestNodes(top_k=min(size, branches), depth=depth, size=size)
+    depth = size if branches == 1 else min(size, LEVELS)
+    growth = BestNodes(top_k=min(size, branches), depth=depth if levels is None else levels, size=size)
     if isinstance(draft, DraftModel):
         return trained_drafter(draft, model, target, growth=growth)
     if not isinstance(draft, (str, Path)):

@@ -309,7 +309,10 @@ class HalfShaper:
     """Keeps half of every tree."""
 
     def __init__(self) -> None:
-        self.observed = 0
+        self.observed, self.texts = 0, []
+
+    def start(self, tokens: int) -> None:
+        self.texts.append(tokens)
 
     def budget(self, most: Budget) -> Budget:
         return most
@@ -328,6 +331,7 @@ def test_a_shaper_cuts_every_tree_and_sees_every_verdict(bigram: BigramTarget) -
     decoded = speculate(bigram, drafter, greedy(20), shaper=shaper)
     assert decoded.token_ids == generate(bigram, PROMPT, greedy(20)).token_ids
     assert counts(decoded).largest_tree == 6
+    assert shaper.texts == [len(PROMPT)]
     assert shaper.observed == counts(decoded).verifications
 
 

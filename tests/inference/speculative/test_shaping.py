@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockffn.inference.speculative.cost import CostModel
+from blockffn.inference.speculative.cost import CostModel, DraftingCost
 from blockffn.inference.speculative.decode import Speculation
 from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.estimates import UnionEstimate
@@ -125,7 +125,7 @@ def play(
 
 def test_levels_are_drafted_while_they_are_worth_their_drafting() -> None:
     cost = CostModel(10, 0.1, 0, 0)
-    shapers = [CostAwareShaper(cost, num_experts=1, draft_level=level) for level in (0.0, 2.0, 9.0)]
+    shapers = [CostAwareShaper(cost, num_experts=1, tree=DraftingCost(level=level)) for level in (0.0, 2.0, 9.0)]
     free, dear, ruinous = (play(shaper, draft_probability=0.5, rounds=120)[0] for shaper in shapers)
     assert set(free) == {6}
     assert 1 <= sum(dear[-40:]) / 40 <= 3
@@ -135,7 +135,7 @@ def test_levels_are_drafted_while_they_are_worth_their_drafting() -> None:
 
 def test_nothing_is_verified_beyond_a_hundredth_of_the_time_to_see_whether_it_pays() -> None:
     cost = CostModel(10, 10, 0, 0)  # a node costs what it brings at most
-    shaper = CostAwareShaper(cost, num_experts=1, draft_level=0.1)
+    shaper = CostAwareShaper(cost, num_experts=1, tree=DraftingCost(level=0.1))
     _, sizes = play(shaper, draft_probability=0.3, rounds=1000)
     assert 0 < sum(sizes) * 10 <= 0.02 * 1000 * 20
 
@@ -165,7 +165,7 @@ def test_a_draft_that_is_slower_than_was_measured_is_given_up() -> None:
     def verified(size: int) -> None:
         now[0] += cost.milliseconds(size + 1, 1, size + 1) / 1000
 
-    shaper = CostAwareShaper(cost, num_experts=1, clock=lambda: now[0], draft_level=0.1)
+    shaper = CostAwareShaper(cost, num_experts=1, clock=lambda: now[0], tree=DraftingCost(level=0.1))
     levels, _ = play(shaper, draft_probability=0.6, rounds=300, verified=verified, drafted=drafted)
     assert levels[0] == 6
     assert sum(levels[-100:]) <= 4
@@ -203,6 +203,120 @@ def test_the_next_root_has_the_experts_of_the_last_accepted_token() -> None:
         shaper.observe(chain([1, 2], [0.0, 0.0]), Verdict(path, 0), step_of(3, [1, 4, 9]))
         starts.append(shaper._union.start())
     assert starts == sorted(set(starts))
+
+
+@pytest.mark.parametrize(("share", "is_chosen"), [(0.9, True), (0.3, True), (0.2, False)])
+def test_growth_goes_on_beyond_a_node_that_does_not_pay_but_not_beyond_a_hopeless_one(
+    share: float, is_chosen: bool
+) -> None:
+    """The first node brings experts, those behind it none: together they pay."""
+    tree = chain(range(40), [0.0] * 40)
+    own = prices(EXPERTS)
+    brings = [0.5] + [0.0] * 39
+    price = own.milliseconds(2, own.union.start() + 0.5) - own.milliseconds(1, own.union.start())
+    rate = 0.05
+    reach = [share * rate * price] * 40
+    nodes = choose_nodes(tree, reach=reach, brings=brings, prices=own, rate=rate).nodes
+    assert nodes == (list(range(40)) if is_chosen else [])
+
+
+def test_credit_that_was_not_needed_for_long_is_not_saved_up() -> None:
+    """Rounds without drafts gain credit; what is tried afterwards still costs half a round at once, no more."""
+    cost = CostModel(10, 10, 0, 0)
+    losses = []
+    for idle in (100, 3000):
+        shaper = CostAwareShaper(cost, num_experts=1, tree=DraftingCost(level=0.1))
+        for _ in range(idle):
+            shaper.budget(Budget(nodes=20, depth=6))
+            shaper.observe(chain([]), Verdict([], 0), step_of(1))
+        _, sizes = play(shaper, draft_probability=0.05, rounds=40)
+        losses.append(10 * sum(sizes))  # milliseconds of verifying what is hardly ever accepted
+    assert losses[0] > 0
+    assert losses[1] <= losses[0] + 20  # where a plain round takes 20
+
+
+def test_a_round_of_bad_luck_does_not_lower_the_rate_below_plain_decoding() -> None:
+    shaper = CostAwareShaper(CostModel(10, 1, 0, 0), num_experts=1)
+    plain = shaper.rate
+    assert plain == pytest.approx(1 / 11)
+    for _ in range(300):
+        shaper.budget(Budget(nodes=4, depth=4))
+        shaper.observe(chain(range(4), [-3.0] * 4), Verdict([], 0), step_of(5))
+    assert shaper.rate == pytest.approx(plain)
+
+
+def test_the_rate_follows_the_tokens_of_the_last_hundred_rounds() -> None:
+    shaper = CostAwareShaper(CostModel(10, 1, 0, 0), num_experts=1)
+    for accepted in (4, 1):
+        for _ in range(300):
+            shaper.budget(Budget(nodes=4, depth=4))
+            shaper.observe(chain(range(4), [0.0] * 4), Verdict(list(range(accepted)), 0), step_of(5))
+        assert shaper.rate == pytest.approx(max((accepted + 1) / 15, 1 / 11), rel=0.1)
+
+
+def propose(shaper: CostAwareShaper, probability: float, *, second: float) -> tuple[Budget, DraftTree]:
+    """Six levels as far as the budget lets them; a tree has a second choice beside each node."""
+    budget = shaper.budget(Budget(nodes=20, depth=6))
+    parents: list[int] = []
+    shares: list[float] = []
+    path, at = 1.0, -1
+    while budget.nodes and path >= budget.least and len(shares) < (6 if budget.chain else 12):
+        first = len(parents)
+        parents += [at] if budget.chain else [at, at]
+        shares += [probability] if budget.chain else [probability, second]
+        path, at = path * probability, first
+    return budget, DraftTree(torch.arange(len(parents)), torch.tensor(parents, dtype=torch.int64),
+                             torch.tensor(shares).log())  # fmt: skip
+
+
+def share_of_chains(shaper: CostAwareShaper, *, second: float, rounds: int = 200, seed: int = 0) -> float:
+    """Of the last half of the rounds. The draft's first choice is right in 6 of 10 cases."""
+    rng, chains = random.Random(seed), 0
+    for number in range(rounds):
+        budget, tree = propose(shaper, 0.6, second=second)
+        part = shaper.shape(tree) if len(tree) else tree
+        path, at = [], -1
+        while True:
+            luck = rng.random()
+            found = [c for c in part.children(at) if luck < 0.6 and c == part.children(at)[0]]
+            found = found or [c for c in part.children(at)[1:] if 0.6 <= luck < 0.6 + second]
+            if not found:
+                break
+            at = found[0]
+            path.append(at)
+        shaper.observe(part, Verdict(path, 0), step_of(len(part) + 1))
+        chains += budget.chain and number >= rounds // 2
+    return chains / (rounds // 2)
+
+
+@pytest.mark.parametrize(
+    ("tree_level", "chain_level", "second", "least", "most"),
+    [
+        (2.0, 0.5, 0.05, 0.9, 1.0),  # a tree is dearer, and its second choices bring little
+        (2.0, None, 0.05, 0.0, 0.0),
+        (0.5, 2.0, 0.05, 0.0, 0.1),  # a chain is dearer
+        (0.6, 0.5, 0.35, 0.0, 0.1),  # second choices are worth the little that they cost
+    ],
+)
+def test_a_chain_is_drafted_where_it_is_worth_more_than_a_tree(
+    tree_level: float, chain_level: float | None, second: float, least: float, most: float
+) -> None:
+    shaper = CostAwareShaper(
+        CostModel(10, 0.5, 0, 0),
+        num_experts=1,
+        tree=DraftingCost(level=tree_level),
+        chain=None if chain_level is None else DraftingCost(level=chain_level),
+    )
+    assert least <= share_of_chains(shaper, second=second) <= most
+
+
+def test_trees_are_still_tried_now_and_then_while_chains_are_better() -> None:
+    """Else it would never be known that second choices have become worth drafting."""
+    shaper = CostAwareShaper(
+        CostModel(10, 0.5, 0, 0), num_experts=1, tree=DraftingCost(level=0.9), chain=DraftingCost(level=0.5)
+    )
+    assert 0.8 < share_of_chains(shaper, second=0.02, rounds=300) < 1
+    assert share_of_chains(shaper, second=0.39, rounds=400) < 0.2
 
 
 def test_no_experts_at_all_is_a_mistake() -> None:

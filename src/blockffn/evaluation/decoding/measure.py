@@ -50,6 +50,9 @@ class TreeRecorder:
     most: Budget
     rounds: list[Recorded] = field(default_factory=list)
 
+    def start(self, tokens: int) -> None:
+        """Nothing to do."""
+
     def budget(self, most: Budget) -> Budget:
         return Budget(min(most.nodes, self.most.nodes), min(most.depth, self.most.depth))
 

@@ -25,7 +25,6 @@ from blockffn.models.causal_lm import BlockFFNForCausalLM
 
 ORACLE = "oracle:"
 PLAIN, FIXED, BY_COST = "plain", "fixed tree", "tree by cost"
-DEEPEST = 5  # of a simulated draft's trees, as `make_drafter` has them for a head
 
 
 @dataclass
@@ -62,10 +61,9 @@ class Subject:
         kind = BY_COST if tree == "auto" else f"{FIXED} {tree}"
         return Decoder(f"{self.label}, {kind}", self.target, speculation)
 
-    def _oracle(self, size: int, branches: int) -> Draft:
+    def _oracle(self, size: int, branches: int, levels: int) -> Draft:
         assert self.draft is not None
-        depth = size if branches == 1 else min(size, DEEPEST)
-        growth = BestNodes(top_k=min(size, branches), depth=depth, size=size)
+        growth = BestNodes(top_k=min(size, branches), depth=levels, size=size)
         oracle = OracleDrafter(
             *oracle_rates(self.draft), vocab_size=self.model.config.vocab_size, growth=growth, seed=self.seed
         )

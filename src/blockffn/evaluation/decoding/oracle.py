@@ -80,12 +80,10 @@ class OracleDrafter:
     def propose(self, context: Tensor, budget: Budget, *, beside: Expand | None = None) -> DraftTree:
         """See `Drafter`. `beside`: asked for every level as well, for the time it takes."""
         length = len(context)
-        size, depth = min(self.growth.size, budget.nodes), min(self.growth.depth, budget.depth)
+        top_k, depth, size = self.growth.within(budget)
         if size < 1 or depth < 1:
             return no_tree()
-
-        top_k = min(self.growth.top_k, BRANCHES)
-
+        top_k = min(top_k, BRANCHES)
         expand = _Levels(self, length, top_k, beside)
         ranks = grow(expand, top_k=top_k, depth=depth, size=size, least=budget.least)
         return DraftTree(self._tokens(ranks, length), ranks.parents, ranks.log_probs)

@@ -13,7 +13,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -140,6 +140,40 @@ def calibrate(
     return fit(measurements)
 
 
+@dataclass(frozen=True)
+class DraftingCost:
+    """Milliseconds of a proposal, of each of its levels, and of each token of the text that the draft has to read."""
+
+    proposal: float = 0.0
+    level: float = 0.0
+    read: float = 0.0
+
+
+def calibrate_drafter(
+    target: Target,
+    drafter: Drafter,
+    most: Budget,
+    *,
+    context: int = 32,
+    rounds: int = 3,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> DraftingCost:
+    """Measure what drafting costs behind random tokens: with one level and with all, and with much of the text unread.
+
+    The target is reset before and after. A cache too short for this is used as far as it goes.
+    """
+    context = max(min(context, (target.capacity - 3 * rounds - 1) // (rounds + 1)), 1)
+    one = replace(most, depth=1)
+    turns = [(context, most), *[(1, one), (1, most), (context, one)] * rounds]
+    found = _time_proposals(target, drafter, turns, seed=seed, clock=clock)[1:]  # the first may allocate
+    short, long, behind = (statistics.median(spent for spent, _ in found[kind::3]) for kind in range(3))
+    levels = max((levels for _, levels in found), default=1)
+    level = max(long - short, 0.0) / (levels - 1) if levels > 1 else short
+    read = max(behind - short, 0.0) / (context - 1) if context > 1 else 0.0
+    return DraftingCost(max(short - level - read, 0.0), level, read)
+
+
 def milliseconds_per_level(
     target: Target,
     drafter: Drafter,
@@ -150,21 +184,31 @@ def milliseconds_per_level(
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """What drafting one level of a tree costs behind random tokens. The target is reset before and after."""
-    tokens = torch.randint(target.vocab_size, (context + rounds + 1,), generator=torch.Generator().manual_seed(seed))
-    tokens = tokens[: max(min(len(tokens), target.capacity), 2)]
-    start = max(len(tokens) - rounds - 1, 1)
+    """What a level of a proposal of all levels costs, all its costs included, as `calibrate_drafter` measures."""
+    context = max(min(context, target.capacity - rounds - 1), 1)
+    found = _time_proposals(target, drafter, [(context, most), *[(1, most)] * rounds], seed=seed, clock=clock)
+    return statistics.median(spent / levels for spent, levels in found[1:] or found)
+
+
+def _time_proposals(
+    target: Target, drafter: Drafter, turns: Sequence[tuple[int, Budget]], *, seed: int, clock: Callable[[], float]
+) -> list[tuple[float, int]]:
+    """Milliseconds and levels (1 at least) of proposals, each behind so many more random tokens, as far as they fit."""
+    total = min(sum(new for new, _ in turns) + 1, target.capacity)
+    tokens = torch.randint(target.vocab_size, (total,), generator=torch.Generator().manual_seed(seed))
     target.reset()
-    drafter.start(tokens[:start])
-    committed, times = 0, []
-    for end in range(start, len(tokens)):
-        new = tokens[committed:end]
+    drafter.start(tokens[: turns[0][0]])
+    committed, found = 0, []
+    for count, budget in turns:
+        new = tokens[committed : committed + count]
+        if committed + len(new) >= total:
+            break
         step = target.extend(new)
         target.commit(torch.arange(len(new)))
         drafter.observe(new, step.hidden)
-        committed = end
+        committed += len(new)
         begin = clock()
-        tree = drafter.propose(tokens[: end + 1], most)
-        times.append(1000 * (clock() - begin) / max(int(tree.depth.max()) if len(tree) else 0, 1))
+        tree = drafter.propose(tokens[: committed + 1], budget)
+        found.append((1000 * (clock() - begin), max(tree.depths, default=1)))
     target.reset()
-    return statistics.median(times[1:] or times)
+    return found

@@ -27,6 +27,10 @@ MOST = Budget(nodes=63, depth=16)
 class Shaper(Protocol):
     """Says how much to draft, cuts the tree to what pays, and learns from what was accepted."""
 
+    def start(self, tokens: int) -> None:
+        """A text of so many tokens begins."""
+        ...
+
     def budget(self, most: Budget) -> Budget: ...
 
     def shape(self, tree: DraftTree) -> DraftTree: ...
@@ -78,6 +82,8 @@ def speculate(target: Target, speculation: Speculation, request: Request) -> Ite
     counts = recorder.speculation = SpeculationStatistics()
     context = torch.tensor(request.tokens)
     drafter.start(context)
+    if shaper is not None:
+        shaper.start(len(context))
     step = begin(target, request)
     generator = torch.Generator(step.logits.device).manual_seed(request.settings.seed)
     with recorder.time("sampling"):

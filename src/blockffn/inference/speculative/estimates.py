@@ -11,7 +11,7 @@ import bisect
 import math
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 
 from blockffn.inference.speculative.tree import ROOT, DraftTree
 from blockffn.inference.speculative.verify import Verdict
@@ -39,6 +39,7 @@ class AcceptanceEstimate:
         # By depth and bin, row 0 for all depths together: sums of the draft's probabilities, and acceptances.
         self._hoped = [[0.0] * (len(BIN_EDGES) + 1) for _ in range(MAX_DEPTH + 1)]
         self._accepted = [[0.0] * (len(BIN_EDGES) + 1) for _ in range(MAX_DEPTH + 1)]
+        self._passed = 0  # rounds that nothing has been forgotten for yet
 
     def probability(self, draft_probability: float, depth: int) -> float:
         bin_ = bisect.bisect(BIN_EDGES, draft_probability)
@@ -51,7 +52,8 @@ class AcceptanceEstimate:
 
     def reach(self, tree: DraftTree) -> list[float]:
         """Probability of each node that its whole path is accepted. Siblings exclude each other: they share one."""
-        own = [self.probability(math.exp(q), d) for q, d in zip(tree.log_probs.tolist(), tree.depth.tolist())]
+        self._forget()
+        own = [self.probability(math.exp(q), d) for q, d in zip(tree.log_prob_list, tree.depths)]
         totals: dict[int, float] = {}
         for node, parent in enumerate(tree.parent_list):
             totals[parent] = totals.get(parent, 0.0) + own[node]
@@ -62,9 +64,11 @@ class AcceptanceEstimate:
 
     def observe(self, tree: DraftTree, verdict: Verdict) -> None:
         """Learn from the children of every accepted node, and of the root."""
-        for table in (self._hoped, self._accepted):
-            table[:] = [[FORGET_ACCEPTANCE * value for value in row] for row in table]
-        probabilities, depths = tree.log_probs.exp().tolist(), tree.depth.tolist()
+        self._passed += 1
+        if not len(tree):
+            return
+        self._forget()
+        probabilities, depths = [math.exp(q) for q in tree.log_prob_list], tree.depths
         on_path = {ROOT, *verdict.path}
         for node, parent in enumerate(tree.parent_list):
             if parent in on_path:
@@ -72,6 +76,14 @@ class AcceptanceEstimate:
                 for level in (0, min(depths[node], MAX_DEPTH)):
                     self._hoped[level][bin_] += probabilities[node]
                     self._accepted[level][bin_] += node in on_path
+
+    def _forget(self) -> None:
+        """What the rounds since the last call leave of what was known."""
+        if not self._passed:
+            return
+        kept, self._passed = FORGET_ACCEPTANCE**self._passed, 0
+        for table in (self._hoped, self._accepted):
+            table[:] = [[kept * value for value in row] for row in table]
 
 
 class UnionEstimate:
@@ -92,11 +104,11 @@ class UnionEstimate:
         self.active = share * num_experts
         self._root = self.active
         kinds = 2 * UNION_DEPTH
-        self._pools = torch.tensor(POOLS, dtype=torch.float64) * num_experts
-        self._coefficients = self._log_of(share * novelty * num_experts)[:, None].repeat(1, kinds)
-        self._covariances = torch.eye(kinds, dtype=torch.float64).repeat(len(POOLS), 1, 1)
+        self._pools = np.array(POOLS) * num_experts
+        self._coefficients = np.tile(self._log_of(share * novelty * num_experts)[:, None], kinds)
+        self._covariances = np.tile(np.eye(kinds), (len(POOLS), 1, 1))
         # The largest pool speaks until another has been seen to be better.
-        self._errors = torch.linspace(1e-4, 0, len(POOLS), dtype=torch.float64)
+        self._errors = np.linspace(1e-4, 0, len(POOLS))
         self._best = len(POOLS) - 1
 
     def start(self) -> float:
@@ -119,27 +131,28 @@ class UnionEstimate:
             last: row of the last accepted token, 0 for the root.
         """
         if len(tree):
-            counts = self._kinds(tree).bincount(minlength=2 * UNION_DEPTH).double()
+            counts = np.bincount(self._kinds(tree), minlength=2 * UNION_DEPTH)
             root = self._log_of(active[0])
-            predicted = self._pools * -torch.expm1(-root - self._coefficients @ counts)
-            self._errors = FORGET_UNION * self._errors + ((predicted - union) / self.num_experts).square()
+            predicted = self._pools * -np.expm1(-root - self._coefficients @ counts)
+            self._errors = FORGET_UNION * self._errors + ((predicted - union) / self.num_experts) ** 2
             self._best = int(self._errors.argmin())
             spread = self._covariances @ counts
             gain = spread / (FORGET_UNION + 0.05 * len(tree) + spread @ counts)[:, None]
             missed = self._log_of(union) - root - self._coefficients @ counts
-            self._coefficients = (self._coefficients + gain * missed[:, None]).clamp_min(1e-5)
+            self._coefficients = np.maximum(self._coefficients + gain * missed[:, None], 1e-5)
             self._covariances = (self._covariances - gain[:, :, None] * spread[:, None, :]) / FORGET_UNION
-            self._covariances.diagonal(dim1=1, dim2=2).clamp_(max=1.0)
+            diagonal = np.arange(len(counts))
+            self._covariances[:, diagonal, diagonal] = np.minimum(self._covariances[:, diagonal, diagonal], 1.0)
         self.active += 0.05 * (sum(active) / len(active) - self.active)
         self._root = active[last]
 
-    def _log_of(self, used: float) -> torch.Tensor:
+    def _log_of(self, used: float) -> np.ndarray:
         """For each size of the pool."""
-        return -torch.log1p(-(used / self._pools).clamp(max=0.98))
+        return -np.log1p(-np.minimum(used / self._pools, 0.98))
 
     @staticmethod
-    def _kinds(tree: DraftTree) -> torch.Tensor:
-        return 2 * (tree.depth.clamp(max=UNION_DEPTH) - 1) + (tree.rank > 0)
+    def _kinds(tree: DraftTree) -> list[int]:
+        return [2 * (min(depth, UNION_DEPTH) - 1) + (rank > 0) for depth, rank in zip(tree.depths, tree.ranks)]
 
 
 class TimeEstimate:
@@ -155,25 +168,32 @@ class TimeEstimate:
         self.prices = list(prices)
         self._first = [[doubt**2 * (i == j) for j in range(len(prices))] for i, doubt in enumerate(doubts)]
         self._covariance = self._first
+        self._passed = 0  # rounds since the last measurement
 
     def milliseconds(self, quantities: Sequence[float]) -> float:
         return sum(price * quantity for price, quantity in zip(self.prices, quantities))
 
     def observe(self, quantities: Sequence[float], milliseconds: float) -> None:
         """Learn from a measurement. What takes far too long was the machine being busy with something else."""
+        covariance = self._doubts()
         expected = max(self.milliseconds(quantities), 1e-6)
         relative = [quantity / expected for quantity in quantities]
-        spread = [sum(value * x for value, x in zip(row, relative)) for row in self._covariance]
+        spread = [sum(value * x for value, x in zip(row, relative)) for row in covariance]
         variance = TIME_NOISE**2 + sum(x * value for x, value in zip(relative, spread))
         missed = min(milliseconds / expected, OUTLIER) - 1
         self.prices = [max(price + value * missed / variance, 0.0) for price, value in zip(self.prices, spread)]
         self._covariance = [
-            [value - a * b / variance for value, b in zip(row, spread)] for row, a in zip(self._covariance, spread)
+            [value - a * b / variance for value, b in zip(row, spread)] for row, a in zip(covariance, spread)
         ]
 
     def forget(self) -> None:
         """A round passes: prices that are not measured become as doubtful again as they were at first."""
-        self._covariance = [
-            [first + FORGET_TIME * (value - first) for value, first in zip(row, first_row)]
+        self._passed += 1
+
+    def _doubts(self) -> list[list[float]]:
+        """The covariance after the rounds that have passed since the last measurement."""
+        kept, self._passed = FORGET_TIME**self._passed, 0
+        return [
+            [first + kept * (value - first) for value, first in zip(row, first_row)]
             for row, first_row in zip(self._covariance, self._first)
         ]

@@ -33,12 +33,13 @@ class Budget:
     """What a tree may have: so many nodes, so many levels.
 
     `least`: the probability that a node's path must have for children to be drafted. It saves time where drafting takes
-    some; a drafter that takes none may ignore it.
+    some; a drafter that takes none may ignore it. `chain`: without branches.
     """
 
     nodes: int
     depth: int
     least: float = 0.0
+    chain: bool = False
 
 
 class Growth(Protocol):
@@ -75,8 +76,12 @@ class BestNodes:
         token_ids: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> DraftTree:
-        depth, size = min(self.depth, budget.depth), min(self.size, budget.nodes)
-        return grow(expand, top_k=self.top_k, depth=depth, size=size, least=budget.least, token_ids=token_ids)
+        top_k, depth, size = self.within(budget)
+        return grow(expand, top_k=top_k, depth=depth, size=size, least=budget.least, token_ids=token_ids)
+
+    def within(self, budget: Budget) -> tuple[int, int, int]:
+        """`top_k`, `depth` and `size` that a budget leaves."""
+        return 1 if budget.chain else self.top_k, min(self.depth, budget.depth), min(self.size, budget.nodes)
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,8 @@ class DrawnNodes:
         token_ids: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> DraftTree:
-        widths = fit_widths(self.widths, nodes=budget.nodes, depth=budget.depth)
+        wished = (1,) * len(self.widths) if budget.chain else self.widths
+        widths = fit_widths(wished, nodes=budget.nodes, depth=budget.depth)
         return draw(expand, widths=widths, vocab_size=vocab_size, token_ids=token_ids, generator=generator)
 
 

@@ -6,13 +6,13 @@ rate of the whole text. Maximising tokens per millisecond round by round would s
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from blockffn.inference.speculative.cost import CostModel, union_and_pairs
+from blockffn.inference.speculative.cost import CostModel, DraftingCost, union_and_pairs
+from blockffn.inference.speculative.drafting import STEPS, Drafted, WayOfDrafting, first_choices
 from blockffn.inference.speculative.estimates import AcceptanceEstimate, TimeEstimate, UnionEstimate
 from blockffn.inference.speculative.growth import Budget
 from blockffn.inference.speculative.tree import ROOT, DraftTree
@@ -21,12 +21,10 @@ from blockffn.inference.target import Step
 
 FORGET_RATE, FIRST_ROUNDS = 0.99, 2  # plain ones, from which the rate starts
 HOPELESS = 0.25  # of the rate: what a node must promise per millisecond for growth to go on
-# Steps of drafting: children of the root alone, then of nodes whose path is ever less probable.
-STEPS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12, 0.08, 0.05, 0.0)
-HOPE = 0.1  # tokens that a step brings, before anything is known
-FORGET_WORTH, FEWEST_ROUNDS = 0.97, 2.0  # what a step was worth before a round counts as so many at least
 EXPLORE, MOST_CREDIT = 0.0125, 0.5  # of the time; of a round's
 FURTHER, WIDER = (1, 2, 4), 2  # steps more, in turn; times as many nodes
+OTHER_WAY = 0  # in place of more steps: drafting without branches instead of with, or the other way round
+FORGET_LEAD, FEWEST_TREES = 0.97, 4.0  # as for what a step is worth; of trees that were compared with their chains
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,9 @@ class Prices:
 
 
 def choose_nodes(
-    tree: DraftTree, *, reach: Sequence[float], brings: Sequence[float], prices: Prices, rate: float | None
-) -> Choice:
+    tree: DraftTree, *, reach: Sequence[float], brings: Sequence[float], prices: Prices, rate: float | None,
+    among: Collection[int] | None = None,
+) -> Choice:  # fmt: skip
     """The part of a tree that is worth verifying, maybe nothing.
 
     Nodes are added one by one, always the one with the most expected tokens per millisecond among those whose parent
@@ -59,10 +58,12 @@ def choose_nodes(
 
     Args:
         reach: probability of each node that its path is accepted. brings: see `UnionEstimate.brings`.
+        among: nodes that may be chosen, with all their ancestors; `None`: all.
     """
     children: dict[int, list[int]] = {}
-    for node, parent in enumerate(tree.parent_list):
-        children.setdefault(parent, []).append(node)
+    parents = tree.parent_list
+    for node in range(len(tree)) if among is None else among:
+        children.setdefault(parents[node], []).append(node)
     tokens, log_used = 1.0, prices.union.start()
     now = prices.milliseconds(1, log_used)
     order: list[int] = []
@@ -89,17 +90,22 @@ def choose_nodes(
 class CostAwareShaper:
     """Cuts drafted trees to what pays, by a cost model and by what it learns from every round.
 
+    It drafts with branches or without, whichever is worth more. A tree holds the chain of its first choices, so
+    whenever a tree was drafted both are known of the same text.
+
     Two things are learnt from what was tried alone: whether drafting goes on where a path is improbable, and how often
-    improbable nodes are accepted. So some rounds explore: they draft further and verify more than seems to pay. What
-    they lose is taken from a credit that grows by `EXPLORE` of the time, so it is bounded whatever the draft; where
-    they lose nothing, because more was accepted than expected, the next round explores too.
+    improbable nodes are accepted; and while chains are drafted, what trees would bring. So some rounds explore: they
+    draft further or the other way, or verify more than seems to pay. What they lose is taken from a credit that grows
+    by `EXPLORE` of the time, so it is bounded whatever the draft; where they lose nothing, because more was accepted
+    than expected, the next round explores too.
 
     Args:
         cost: of the target, from `calibrate`.
         num_experts: in all layers together; 1 for a dense model.
         overhead: milliseconds that every round costs beside the target's and the draft's.
         clock: seconds; what drafting and verifying cost is learnt by it. `None`: costs are as given.
-        draft_level: milliseconds that drafting one level of a tree costs; 0 for n-grams.
+        tree: what drafting a tree costs, from `calibrate_drafter`; nothing for n-grams.
+        chain: the same of a chain; `None`: chains are not drafted, as where a tree costs no more.
 
     Draft large trees: a shaper can only cut.
     """
@@ -111,7 +117,8 @@ class CostAwareShaper:
         num_experts: int,
         overhead: float = 0.0,
         clock: Callable[[], float] | None = None,
-        draft_level: float = 0.0,
+        tree: DraftingCost | None = None,
+        chain: DraftingCost | None = None,
     ) -> None:
         if num_experts < 1:
             raise ValueError(f"num_experts counts those of all layers, 1 for a dense model; got {num_experts}")
@@ -119,19 +126,21 @@ class CostAwareShaper:
         self._cost, self._clock = cost, clock
         self._union = UnionEstimate(num_experts, share=1.0 if num_experts == 1 else 0.15)
         plain = overhead + cost.milliseconds(1, self._union.active, self._union.active)
-        level = max(draft_level, 0.02 * plain)
-        # Of a proposal, its levels, and nodes whose children are drafted; of a round, its tokens, and the cost model's.
-        self._drafting = TimeEstimate((0.0, draft_level, 0.0), doubts=(2 * level, 2 * level, level / 2))
+        self._tree = WayOfDrafting(tree or DraftingCost(), chain=False, plain=plain)
+        self._chain = None if chain is None else WayOfDrafting(chain, chain=True, plain=plain)
+        # Of a round, its tokens, and the cost model's milliseconds.
         self._verifying = TimeEstimate((overhead, 0.0, 1.0), doubts=(plain / 2, plain / 16, 0.25))
         self._tokens, self._milliseconds = float(FIRST_ROUNDS), FIRST_ROUNDS * plain
-        self._worth = [HOPE] * len(STEPS)  # tokens that each step brought lately, less what its time is worth
-        self._seen = [FEWEST_ROUNDS] * len(STEPS)
+        self._lead, self._compared = 0.0, FEWEST_TREES  # tokens that trees brought more than their chains
         self._credit, self._explored = -plain, 0  # milliseconds, rounds
-        self._usual = self._taken = 0  # steps that seem to pay, and those taken in this round
+        self._way, self._taken = self._tree, 0  # of this round, and its steps of drafting
+        self._explores = self._is_other = False  # this round; by drafting the other way
         self._lost = 0.0  # by exploring, in this round, as far as is known before the verification
-        self._more: dict[int, float] = {}  # nodes that are verified to explore, with the hope of each
-        self._drafted: tuple[int, int, int] | None = None  # quantities of `_drafting`
-        self._begun = self._shaping = self._late = 0.0  # milliseconds: a time; of the last `shape` and `observe`
+        self._hopes: dict[int, float] = {}  # nodes that are verified to explore, with the hope of each
+        self._drafted: tuple[int, ...] | None = None  # quantities of the way's `times`
+        self._unread, self._own = 0, 1  # tokens since the last proposal, and of the last round
+        self._undrafted, self._verified = 0, (1.0, 1.0, plain)  # rounds; of the last that was measured, as `_verifying`
+        self._begun = self._late = 0.0  # milliseconds: a time; of the last `observe`
 
     @property
     def rate(self) -> float:
@@ -139,62 +148,82 @@ class CostAwareShaper:
         active = self._union.active
         return max(self._tokens / self._milliseconds, 1 / self._current_cost().milliseconds(1, active, active))
 
+    def start(self, tokens: int) -> None:
+        """A text of so many tokens begins, which a draft has to read."""
+        self._unread = tokens
+
     def budget(self, most: Budget) -> Budget:
         """What to draft: the steps that lately brought more than they cost, and more where this round explores."""
         self._begun, self._drafted = self._now(), None
-        self._lost, self._more = 0.0, {}
-        self._seen = [max(FORGET_WORTH * seen, FEWEST_ROUNDS) for seen in self._seen]
-        totals = [0.0, *itertools.accumulate(self._worth)]
-        self._usual = max(range(len(totals)), key=lambda steps: totals[steps])
-        self._taken = self._usual
+        self._lost, self._hopes = 0.0, {}
+        for way in self._ways:
+            way.forget()
+        self._compared = max(FORGET_LEAD * self._compared, FEWEST_TREES)
+        self._way = self._usual_way()
+        self._taken, self._is_other, self._explores = self._way.usual, False, self._credit > 0
         if self._explores:
-            self._explored += 1
-            self._taken = min(self._usual + FURTHER[self._explored % len(FURTHER)], len(STEPS))
+            self._explore()
         if not self._taken:
             return replace(most, nodes=0)
-        return replace(most, least=STEPS[self._taken - 1])
+        return replace(most, least=STEPS[self._taken - 1], chain=self._way.chain)
 
     def shape(self, tree: DraftTree) -> DraftTree:
         """The part of the tree that pays, maybe nothing; more of it where this round explores."""
         began = self._now()
-        drafting = _Drafting(tree)
-        self._learn_drafting(drafting, began - self._begun + self._shaping)
+        drafted = Drafted(tree)
+        self._learn_drafting(drafted, began - self._begun + self._way.shaping)
         reach, brings, rate = self.acceptance.reach(tree), self._union.brings(tree), self.rate
         prices = Prices(self._current_cost(), self._union)
-        choice = choose_nodes(tree, reach=reach, brings=brings, prices=prices, rate=rate)
-        net = {node: reach[node] - rate * price for node, price in zip(choice.nodes, choice.prices)}
-        self._learn_worth(tree, net, drafting)
-        nodes = choice.nodes
+
+        def net_of(among: Collection[int] | None = None) -> dict[int, float]:
+            """What each node that pays is worth, in tokens."""
+            choice = choose_nodes(tree, reach=reach, brings=brings, prices=prices, rate=rate, among=among)
+            return {node: reach[node] - rate * price for node, price in zip(choice.nodes, choice.prices)}
+
+        net = net_of()
+        usual = self._way.usual
+        worths = self._way.learn(drafted, drafted.by_step(net), steps=self._taken, rate=rate, read=self._own)
+        if self._chain is not None and not self._way.chain:
+            chain = first_choices(tree)
+            self._compare(worths, usual, Drafted(tree, chain), net_of(chain))
+        elif self._is_other:  # a tree was not drafted, and is believed to be better by its lead where it pays
+            self._lost += (self._lead if self._tree.usual else -sum(worths)) / rate
+        if not self._is_other:
+            self._lost -= sum(worths[usual:]) / rate
+        self._lost = max(self._lost, 0.0)
+        nodes = list(net)
+        if self._explores and not self._is_other:
+            nodes = self._widen(tree, net, reach, brings, prices)
         if self._explores:
-            count = max(WIDER * len(nodes), 2)
-            nodes = tree.path_log_probs.sort(descending=True, stable=True).indices[:count].sort().values.tolist()
-            log_used = prices.union.start() + sum(brings[node] for node in nodes)
-            spent = prices.milliseconds(len(nodes) + 1, log_used) - prices.milliseconds(1, prices.union.start())
-            worth = sum(reach[node] for node in nodes) - rate * spent
-            self._lost += max(sum(net.values()) - worth, 0.0) / rate
-            self._more = {place: reach[node] for place, node in enumerate(nodes) if node not in net}
+            self._hopes = {place: reach[node] for place, node in enumerate(sorted(nodes)) if node not in net}
         self._begun = self._now()
-        self._shaping = self._begun - began
-        return tree.subtree(torch.tensor(nodes, dtype=torch.int64))
+        self._way.shaping = self._begun - began
+        return tree if len(nodes) == len(tree) else tree.subtree(torch.tensor(nodes, dtype=torch.int64))
 
     def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None:
         """Learn from a verification of root and tree."""
         now = self._now()
-        union, pairs = union_and_pairs(step)
-        quantities = (1, len(tree) + 1, self._cost.milliseconds(len(tree) + 1, union, pairs))
-        if self._clock is not None:
-            self._drafting.forget()
-            self._verifying.forget()
-            self._verifying.observe(quantities, now - self._begun + self._late)
-        spent = self._verifying.milliseconds(quantities)
+        # One round of four will do where nothing was drafted: they are alike, and learning takes its time.
+        self._undrafted = self._undrafted + 1 if self._drafted is None and not len(tree) else 0
+        learns = self._undrafted % 4 == 0
+        for estimate in (self._verifying, *(way.times for way in self._ways)):
+            estimate.forget()
+        if learns:
+            union, pairs = union_and_pairs(step)
+            self._verified = (1, len(tree) + 1, self._cost.milliseconds(len(tree) + 1, union, pairs))
+            if self._clock is not None:
+                self._verifying.observe(self._verified, now - self._begun + self._late)
+        spent = self._verifying.milliseconds(self._verified)
         if self._drafted is not None:
-            spent += self._drafting.milliseconds(self._drafted)
-        luck = sum((node in verdict.path) - hope for node, hope in self._more.items())
+            spent += self._way.times.milliseconds(self._drafted)
+        luck = sum((node in verdict.path) - hope for node, hope in self._hopes.items())
         self._credit = min(self._credit + EXPLORE * spent - self._lost + luck / self.rate, MOST_CREDIT * spent)
         self._tokens = FORGET_RATE * self._tokens + len(verdict.path) + 1
         self._milliseconds = FORGET_RATE * self._milliseconds + max(spent - self._lost, 0.0)
+        self._own = len(verdict.path) + 1
+        self._unread += self._own
         self.acceptance.observe(tree, verdict)
-        if step.active is not None:
+        if learns and step.active is not None:
             last = verdict.path[-1] + 1 if verdict.path else 0
             self._union.observe(tree, union=union, active=step.active.sum(dim=0).tolist(), last=last)
         self._late = self._now() - now
@@ -203,8 +232,26 @@ class CostAwareShaper:
         return 1000 * self._clock() if self._clock is not None else 0.0
 
     @property
-    def _explores(self) -> bool:
-        return self._credit > 0
+    def _ways(self) -> list[WayOfDrafting]:
+        return [self._tree] if self._chain is None else [self._tree, self._chain]
+
+    def _usual_way(self) -> WayOfDrafting:
+        """With branches where trees bring more than their chains; the other way where so nothing pays."""
+        ways = self._ways if self._lead >= 0 else self._ways[::-1]
+        return next((way for way in ways if way.usual), ways[0])
+
+    def _explore(self) -> None:
+        """Draft further, or the other way."""
+        self._explored += 1
+        in_turn = list(FURTHER)
+        if self._chain is not None:  # seldom the other way where nothing pays
+            in_turn = [step for more in in_turn for step in (more, OTHER_WAY)] if self._taken else [*in_turn, OTHER_WAY]
+        further = in_turn[self._explored % len(in_turn)]
+        if further == OTHER_WAY:
+            self._way = next(way for way in self._ways if way is not self._way)
+            self._taken, self._is_other = max(self._way.usual, 1), True
+        else:
+            self._taken = min(self._way.usual + further, len(STEPS))
 
     def _current_cost(self) -> CostModel:
         every, token, factor = self._verifying.prices
@@ -216,44 +263,40 @@ class CostAwareShaper:
             factor * cost.per_pair,
         )
 
-    def _learn_drafting(self, drafting: _Drafting, milliseconds: float) -> None:
-        self._drafted = drafting.quantities(STEPS[self._taken - 1])
+    def _learn_drafting(self, drafted: Drafted, milliseconds: float) -> None:
+        self._drafted = (*drafted.quantities(STEPS[self._taken - 1]), self._unread)
+        if not self._usual_way().usual:  # else it would have been read anyway
+            self._lost += self._way.backlog(max(self._unread - self._own, 0))
+        self._unread = 0
         if self._clock is None:
             return
-        self._drafting.observe(self._drafted, milliseconds)
+        self._way.times.observe(self._drafted, milliseconds)
         if self._explores:  # it is charged for no more than what was measured
-            self._lost += min(milliseconds - self._drafting.milliseconds(self._drafted), 0.0)
+            self._lost += min(milliseconds - self._way.times.milliseconds(self._drafted), 0.0)
 
-    def _learn_worth(self, tree: DraftTree, net: dict[int, float], drafting: _Drafting) -> None:
-        """Of each step that was taken: what the nodes are worth that it added, less what drafting them cost."""
-        brought = [0.0] * len(STEPS)
-        for node, value in net.items():
-            brought[drafting.step_of(tree.parent_list[node])] += value
-        before = lost = 0.0
-        for step in range(self._taken):
-            spent = self._drafting.milliseconds(drafting.quantities(STEPS[step]))
-            worth = brought[step] - self.rate * (spent - before)
-            before = spent
-            self._seen[step] += 1
-            self._worth[step] += (worth - self._worth[step]) / self._seen[step]
-            lost -= worth if step >= self._usual else 0.0
-        self._lost = max(self._lost + lost / self.rate, 0.0)
+    def _compare(self, worths: list[float], usual: int, drafted: Drafted, net: dict[int, float]) -> None:
+        """A tree with its chain: what its steps were worth, how many of them are usual, and of the chain what was
+        drafted and what its nodes are worth.
 
+        Of steps that the tree did not take but a chain would, the chain's are expected to be worth what they were.
+        """
+        assert self._chain is not None
+        rate, chains = self.rate, self._chain.usual
+        known = self._chain.learn(drafted, drafted.by_step(net), steps=self._taken, rate=rate, read=self._own)
+        of_chain = sum(known[:chains]) + self._chain.worth(self._taken, chains)
+        self._compared += 1
+        self._lead += (sum(worths[:usual]) - of_chain - self._lead) / self._compared
+        if self._is_other:
+            self._lost += (of_chain - sum(worths)) / rate
 
-class _Drafting:
-    """What was drafted for a tree, as far as the tree shows it."""
-
-    def __init__(self, tree: DraftTree) -> None:
-        self._probabilities = tree.path_log_probs.exp().tolist()
-        self._depths = tree.depth.tolist()
-        self._deepest = max(self._depths, default=0)
-
-    def step_of(self, parent: int) -> int:
-        """The first of `STEPS` in which the children of a node are drafted."""
-        probability = 1.0 if parent == ROOT else self._probabilities[parent]
-        return next(step for step, least in enumerate(STEPS) if probability >= least)
-
-    def quantities(self, least: float) -> tuple[int, int, int]:
-        """One proposal, its levels, and the nodes whose children were drafted, had `Budget.least` been this."""
-        grown = [d for p, d in zip(self._probabilities, self._depths) if p >= least and d < self._deepest]
-        return 1, 1 + max(grown, default=0), 1 + len(grown)
+    def _widen(
+        self, tree: DraftTree, net: dict[int, float], reach: list[float], brings: list[float], prices: Prices
+    ) -> list[int]:
+        """More nodes than pay, to see whether they are accepted."""
+        count = max(WIDER * len(net), 2)
+        nodes = tree.path_log_probs.sort(descending=True, stable=True).indices[:count].sort().values.tolist()
+        log_used = prices.union.start() + sum(brings[node] for node in nodes)
+        spent = prices.milliseconds(len(nodes) + 1, log_used) - prices.milliseconds(1, prices.union.start())
+        worth = sum(reach[node] for node in nodes) - self.rate * spent
+        self._lost += max(sum(net.values()) - worth, 0.0) / self.rate
+        return nodes

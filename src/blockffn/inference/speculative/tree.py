@@ -59,28 +59,47 @@ class DraftTree:
     @cached_property
     def depth(self) -> Tensor:
         """`[N]` int64: 1 for children of the root."""
+        return torch.tensor(self.depths, dtype=torch.int64)
+
+    @cached_property
+    def depths(self) -> list[int]:
+        """`depth` as a list."""
         depths: list[int] = []
         for parent in self.parent_list:
             depths.append(1 + (0 if parent == ROOT else depths[parent]))
-        return torch.tensor(depths, dtype=torch.int64)
+        return depths
 
     @cached_property
-    def rank(self) -> Tensor:
-        """`[N]` int64: how many earlier siblings a node has."""
+    def ranks(self) -> list[int]:
+        """How many earlier siblings each node has."""
         seen: dict[int, int] = {}
         ranks = []
         for parent in self.parent_list:
             ranks.append(seen.get(parent, 0))
             seen[parent] = ranks[-1] + 1
-        return torch.tensor(ranks, dtype=torch.int64)
+        return ranks
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """`[N]` int64: `ranks`."""
+        return torch.tensor(self.ranks, dtype=torch.int64)
+
+    @cached_property
+    def log_prob_list(self) -> list[float]:
+        return self.log_probs.tolist()
+
+    @cached_property
+    def path_totals(self) -> list[float]:
+        """`path_log_probs` as a list, not rounded to float32."""
+        totals: list[float] = []
+        for own, parent in zip(self.log_prob_list, self.parent_list):
+            totals.append(own + (0.0 if parent == ROOT else totals[parent]))
+        return totals
 
     @cached_property
     def path_log_probs(self) -> Tensor:
         """`[N]` float32: log-probability of a node's whole path from the root."""
-        totals: list[float] = []
-        for own, parent in zip(self.log_probs.tolist(), self.parent_list):
-            totals.append(own + (0.0 if parent == ROOT else totals[parent]))
-        return torch.tensor(totals, dtype=torch.float32)
+        return torch.tensor(self.path_totals, dtype=torch.float32)
 
     @cached_property
     def ancestors(self) -> Tensor:

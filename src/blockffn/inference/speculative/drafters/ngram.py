@@ -48,7 +48,8 @@ class NgramDrafter:
         for length in self._lengths:
             ends = [end for end in self._ends.get(tuple(seen[-length:]), ()) if end < len(seen)]
             if ends and len(seen) > length:
-                found = [seen[end : end + depth] for end in ends[-self._branches :][::-1]]
+                branches = 1 if budget.chain else self._branches
+                found = [seen[end : end + depth] for end in ends[-branches:][::-1]]
                 return _merge(found).best(min(self._size, budget.nodes))
         return no_tree()
 
