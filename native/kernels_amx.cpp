@@ -81,10 +81,11 @@ class Activations {
     for (int m = 2; m < count_; ++m) is_even_ &= rows_[m] - rows_[m - 1] == stride_;
   }
   int64_t stride() const { return is_even_ ? stride_ : kTileBytes; }
-  const uint8_t* block(int64_t begin, int64_t bytes) {
+  // Up to 64 bytes of each row from `begin` on. Rows go on for 64 bytes behind the start of any block, see `row_bytes`.
+  const uint8_t* block(int64_t begin) {
     if (is_even_) return rows_[0] + begin;
     for (int m = 0; m < count_; ++m)
-      __builtin_memcpy(copy_ + m * kTileBytes, rows_[m] + begin, static_cast<size_t>(bytes));
+      _mm512_store_si512(copy_ + m * kTileBytes, _mm512_loadu_si512(rows_[m] + begin));
     return copy_;
   }
 
@@ -124,14 +125,14 @@ void bf16_strip(const StripCall& call) {
     for (; k + kInputs <= call.inputs; k += kInputs, w += kInputs / 2 * kPairBytes) {
       if (call.fetch)
         for (int pair = 0; pair < kInputs / 2; ++pair) prefetch(call, w + pair * kPairBytes);
-      _tile_loadd(TILE_ACTIVATIONS, activations.block(k * 2, kTileBytes), activations.stride());
+      _tile_loadd(TILE_ACTIVATIONS, activations.block(k * 2), activations.stride());
       _tile_loadd(TILE_LEFT, w, kPairBytes);
       _tile_dpbf16ps(TILE_SUMS_LEFT, TILE_ACTIVATIONS, TILE_LEFT);
       _tile_loadd(TILE_RIGHT, w + kTileBytes, kPairBytes);
       _tile_dpbf16ps(TILE_SUMS_RIGHT, TILE_ACTIVATIONS, TILE_RIGHT);
     }
     if (num_last) {
-      _tile_loadd(TILE_LAST_ACTIVATIONS, activations.block(k * 2, num_last * 2), activations.stride());
+      _tile_loadd(TILE_LAST_ACTIVATIONS, activations.block(k * 2), activations.stride());
       _tile_loadd(TILE_LAST_LEFT, w, kPairBytes);
       _tile_dpbf16ps(TILE_SUMS_LEFT, TILE_LAST_ACTIVATIONS, TILE_LAST_LEFT);
       _tile_loadd(TILE_LAST_RIGHT, w + kTileBytes, kPairBytes);
@@ -244,7 +245,7 @@ void integer_strips(const StripCall& call) {
         _tile_zero(TILE_SUMS_LEFT);
         _tile_zero(TILE_SUMS_RIGHT);
         for (int64_t k = 0; k < call.group; k += block)
-          w = multiply_block<kFormat, kFetch>(call, w, activations.block(group * call.group + k, block),
+          w = multiply_block<kFormat, kFetch>(call, w, activations.block(group * call.group + k),
                                               activations.stride(), block, unpacked[slot]);
         _tile_stored(TILE_SUMS_LEFT, dots[slot], kTileBytes);
         _tile_stored(TILE_SUMS_RIGHT, dots[slot] + kRows * 16, kTileBytes);
