@@ -231,31 +231,34 @@ void integer_strips(const StripCall& call) {
   _tile_loadconfig(&shapes);
   Activations activations(call);
   Sums sums(call, kFormat == kInt8 ? 128 : 8);
-  constexpr int kAhead = 4;  // groups whose sums are on their way, which takes the tiles long
+  constexpr int kAhead = 2;  // groups whose sums are on their way, which takes the tiles long
   alignas(64) uint8_t unpacked[kAhead][2 * kRows * kTileBytes];
   alignas(64) int32_t dots[kAhead][2 * kRows * 16];
   const uint8_t *w = call.strips, *scales[kAhead];
-  for (int64_t first = 0; first < call.num_strips * kStrip; first += kStrip) {
-    sums.begin(first);
-    for (int64_t group = 0; group < num_groups + kAhead - 1; ++group) {
-      const int slot = group % kAhead;
-      if (group < num_groups) {
-        scales[slot] = w;
-        w += kStrip * 2;
-        _tile_zero(TILE_SUMS_LEFT);
-        _tile_zero(TILE_SUMS_RIGHT);
-        for (int64_t k = 0; k < call.group; k += block)
-          w = multiply_block<kFormat, kFetch>(call, w, activations.block(group * call.group + k),
-                                              activations.stride(), block, unpacked[slot]);
-        _tile_stored(TILE_SUMS_LEFT, dots[slot], kTileBytes);
-        _tile_stored(TILE_SUMS_RIGHT, dots[slot] + kRows * 16, kTileBytes);
-      }
-      const int64_t done = group - (kAhead - 1);
-      if (done < 0) continue;
-      const uint8_t* at = scales[done % kAhead];
-      sums.add(dots[done % kAhead], done, load_half(at), load_half(at + kStrip));
+  const int64_t total = call.num_strips * num_groups;  // one row of groups, so that strips of few groups overlap as well
+  int64_t next = 0, done = 0, first = 0;               // groups of a strip, and the first output of the one that is done
+  for (int64_t i = 0; i < total + kAhead - 1; ++i) {
+    if (i < total) {
+      const int slot = i % kAhead;
+      scales[slot] = w;
+      w += kStrip * 2;
+      _tile_zero(TILE_SUMS_LEFT);
+      _tile_zero(TILE_SUMS_RIGHT);
+      for (int64_t k = 0; k < call.group; k += block)
+        w = multiply_block<kFormat, kFetch>(call, w, activations.block(next * call.group + k), activations.stride(),
+                                            block, unpacked[slot]);
+      _tile_stored(TILE_SUMS_LEFT, dots[slot], kTileBytes);
+      _tile_stored(TILE_SUMS_RIGHT, dots[slot] + kRows * 16, kTileBytes);
+      next = next + 1 < num_groups ? next + 1 : 0;
     }
+    if (i < kAhead - 1) continue;
+    const int slot = (i + 1) % kAhead;
+    if (done == 0) sums.begin(first);
+    sums.add(dots[slot], done, load_half(scales[slot]), load_half(scales[slot] + kStrip));
+    if (++done < num_groups) continue;
     sums.end(first);
+    done = 0;
+    first += kStrip;
   }
   _tile_release();
 }
