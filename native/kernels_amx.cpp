@@ -235,8 +235,9 @@ void integer_strips(const StripCall& call) {
   alignas(64) uint8_t unpacked[kAhead][2 * kRows * kTileBytes];
   alignas(64) int32_t dots[kAhead][2 * kRows * 16];
   const uint8_t *w = call.strips, *scales[kAhead];
-  const int64_t total = call.num_strips * num_groups;  // one row of groups, so that strips of few groups overlap as well
-  int64_t next = 0, done = 0, first = 0;               // groups of a strip, and the first output of the one that is done
+  // The groups of all strips are one row, so that strips of few groups overlap as well.
+  const int64_t total = call.num_strips * num_groups;
+  int64_t next = 0, done = 0, first = 0;  // groups of a strip, and the first output of the one that is done
   for (int64_t i = 0; i < total + kAhead - 1; ++i) {
     if (i < total) {
       const int slot = i % kAhead;

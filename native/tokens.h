@@ -21,7 +21,8 @@ struct TokenRows {
   }
 };
 
-inline void store_row(const Kernels& isa, int32_t dtype, void* out, int64_t offset, const float* values, int64_t count) {
+inline void store_row(const Kernels& isa, int32_t dtype, void* out, int64_t offset, const float* values,
+                      int64_t count) {
   if (dtype == kF32)
     __builtin_memcpy(static_cast<float*>(out) + offset, values, static_cast<size_t>(count) * 4);
   else
