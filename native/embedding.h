@@ -2,6 +2,7 @@
 #pragma once
 
 #include "blockffn.h"
+#include "dispatch.h"
 #include "strips.h"
 
 namespace blockffn {
@@ -24,7 +25,7 @@ inline void embed(const blockffn_model& model, int64_t token, float* x) {
   const int64_t D = model.hidden_size;
   if (model.embedding_is_plain) {
     const TokenRows rows{model.embedding.format, model.embedding.data, D};
-    const float* row = rows.floats(token, D, x);
+    const float* row = rows.floats(kernels(), token, D, x);
     for (int64_t k = 0; k < D; ++k) x[k] = row[k] * model.embedding_scale;
     return;
   }

@@ -72,6 +72,9 @@ struct Kernels {
   // outputs[m][0..count) += sum_r factors[m][r] * weights[r][0..count), weights with `stride` elements from row to row.
   void (*add_rows)(const void* weights, bool is_bf16, int64_t rows, int64_t count, int64_t stride,
                    const float* const* factors, int num_tokens, float* const* outputs);
+  // bf16 to float, and float to bf16.
+  void (*widen)(const uint16_t* values, int64_t count, float* out);
+  void (*narrow)(const float* values, int64_t count, uint16_t* out);
   // Reads memory as fast as it comes; the sum keeps the compiler honest.
   uint64_t (*sum)(const uint8_t* data, int64_t bytes);
 };
@@ -98,12 +101,12 @@ inline float bf16_to_float(uint16_t bits) {
   return value;
 }
 
-// Round to nearest even; NaN stays NaN.
+// Round to nearest even; NaN stays NaN. Without a branch, so that compilers vectorise it.
 inline uint16_t float_to_bf16(float value) {
   uint32_t bits;
   __builtin_memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16, nan = (bits >> 16) | 0x40;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
 inline float half_to_float(uint16_t half) {

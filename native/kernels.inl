@@ -435,6 +435,14 @@ void add_rows(const void* weights, bool is_bf16, int64_t rows, int64_t count, in
     add_rows_of<false>(weights, rows, count, stride, factors, num_tokens, outputs);
 }
 
+void widen(const uint16_t* values, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = blockffn::bf16_to_float(values[i]);
+}
+
+void narrow(const float* values, int64_t count, uint16_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = blockffn::float_to_bf16(values[i]);
+}
+
 uint64_t sum(const uint8_t* data, int64_t bytes) {
   typedef uint64_t Line __attribute__((vector_size(64), aligned(1)));
   constexpr int64_t kAhead = 10 << 10;
@@ -462,5 +470,7 @@ constexpr Kernels make_kernels(const char* name) {
                  exponentials,
                  dot_rows,
                  add_rows,
+                 widen,
+                 narrow,
                  sum};
 }

@@ -81,10 +81,11 @@ class Activations {
     for (int m = 2; m < count_; ++m) is_even_ &= rows_[m] - rows_[m - 1] == stride_;
   }
   int64_t stride() const { return is_even_ ? stride_ : kTileBytes; }
-  const uint8_t* block(int64_t begin, int64_t bytes) {
+  // Up to 64 bytes of each row from `begin` on. Rows go on for 64 bytes behind the start of any block, see `row_bytes`.
+  const uint8_t* block(int64_t begin) {
     if (is_even_) return rows_[0] + begin;
     for (int m = 0; m < count_; ++m)
-      __builtin_memcpy(copy_ + m * kTileBytes, rows_[m] + begin, static_cast<size_t>(bytes));
+      _mm512_store_si512(copy_ + m * kTileBytes, _mm512_loadu_si512(rows_[m] + begin));
     return copy_;
   }
 
@@ -124,14 +125,14 @@ void bf16_strip(const StripCall& call) {
     for (; k + kInputs <= call.inputs; k += kInputs, w += kInputs / 2 * kPairBytes) {
       if (call.fetch)
         for (int pair = 0; pair < kInputs / 2; ++pair) prefetch(call, w + pair * kPairBytes);
-      _tile_loadd(TILE_ACTIVATIONS, activations.block(k * 2, kTileBytes), activations.stride());
+      _tile_loadd(TILE_ACTIVATIONS, activations.block(k * 2), activations.stride());
       _tile_loadd(TILE_LEFT, w, kPairBytes);
       _tile_dpbf16ps(TILE_SUMS_LEFT, TILE_ACTIVATIONS, TILE_LEFT);
       _tile_loadd(TILE_RIGHT, w + kTileBytes, kPairBytes);
       _tile_dpbf16ps(TILE_SUMS_RIGHT, TILE_ACTIVATIONS, TILE_RIGHT);
     }
     if (num_last) {
-      _tile_loadd(TILE_LAST_ACTIVATIONS, activations.block(k * 2, num_last * 2), activations.stride());
+      _tile_loadd(TILE_LAST_ACTIVATIONS, activations.block(k * 2), activations.stride());
       _tile_loadd(TILE_LAST_LEFT, w, kPairBytes);
       _tile_dpbf16ps(TILE_SUMS_LEFT, TILE_LAST_ACTIVATIONS, TILE_LAST_LEFT);
       _tile_loadd(TILE_LAST_RIGHT, w + kTileBytes, kPairBytes);
@@ -230,31 +231,35 @@ void integer_strips(const StripCall& call) {
   _tile_loadconfig(&shapes);
   Activations activations(call);
   Sums sums(call, kFormat == kInt8 ? 128 : 8);
-  constexpr int kAhead = 4;  // groups whose sums are on their way, which takes the tiles long
+  constexpr int kAhead = 2;  // groups whose sums are on their way, which takes the tiles long
   alignas(64) uint8_t unpacked[kAhead][2 * kRows * kTileBytes];
   alignas(64) int32_t dots[kAhead][2 * kRows * 16];
   const uint8_t *w = call.strips, *scales[kAhead];
-  for (int64_t first = 0; first < call.num_strips * kStrip; first += kStrip) {
-    sums.begin(first);
-    for (int64_t group = 0; group < num_groups + kAhead - 1; ++group) {
-      const int slot = group % kAhead;
-      if (group < num_groups) {
-        scales[slot] = w;
-        w += kStrip * 2;
-        _tile_zero(TILE_SUMS_LEFT);
-        _tile_zero(TILE_SUMS_RIGHT);
-        for (int64_t k = 0; k < call.group; k += block)
-          w = multiply_block<kFormat, kFetch>(call, w, activations.block(group * call.group + k, block),
-                                              activations.stride(), block, unpacked[slot]);
-        _tile_stored(TILE_SUMS_LEFT, dots[slot], kTileBytes);
-        _tile_stored(TILE_SUMS_RIGHT, dots[slot] + kRows * 16, kTileBytes);
-      }
-      const int64_t done = group - (kAhead - 1);
-      if (done < 0) continue;
-      const uint8_t* at = scales[done % kAhead];
-      sums.add(dots[done % kAhead], done, load_half(at), load_half(at + kStrip));
+  // The groups of all strips are one row, so that strips of few groups overlap as well.
+  const int64_t total = call.num_strips * num_groups;
+  int64_t next = 0, done = 0, first = 0;  // groups of a strip, and the first output of the one that is done
+  for (int64_t i = 0; i < total + kAhead - 1; ++i) {
+    if (i < total) {
+      const int slot = i % kAhead;
+      scales[slot] = w;
+      w += kStrip * 2;
+      _tile_zero(TILE_SUMS_LEFT);
+      _tile_zero(TILE_SUMS_RIGHT);
+      for (int64_t k = 0; k < call.group; k += block)
+        w = multiply_block<kFormat, kFetch>(call, w, activations.block(next * call.group + k), activations.stride(),
+                                            block, unpacked[slot]);
+      _tile_stored(TILE_SUMS_LEFT, dots[slot], kTileBytes);
+      _tile_stored(TILE_SUMS_RIGHT, dots[slot] + kRows * 16, kTileBytes);
+      next = next + 1 < num_groups ? next + 1 : 0;
     }
+    if (i < kAhead - 1) continue;
+    const int slot = (i + 1) % kAhead;
+    if (done == 0) sums.begin(first);
+    sums.add(dots[slot], done, load_half(scales[slot]), load_half(scales[slot] + kStrip));
+    if (++done < num_groups) continue;
     sums.end(first);
+    done = 0;
+    first += kStrip;
   }
   _tile_release();
 }

@@ -55,7 +55,7 @@ class Linear {
     const int64_t begin = first * kStrip;
     const int64_t end = last * kStrip < strips_.outputs ? last * kStrip : strips_.outputs;
     for (int64_t t = 0; t < num_tokens_; ++t)
-      store_row(dtype_, y_, t * strips_.outputs + begin, sums_ + t * stride + begin, end - begin);
+      store_row(isa_, dtype_, y_, t * strips_.outputs + begin, sums_ + t * stride + begin, end - begin);
   }
 
   const uint8_t* const data_;

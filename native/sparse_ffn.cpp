@@ -38,7 +38,7 @@ class Call {
     const Stretch outputs = ffn_.compute_hidden();
     wait_for_all();
     ffn_.compute_outputs(outputs, [&](int64_t token, int64_t begin, int64_t end, const float* sums) {
-      store_row(dtype_, y_, token * hidden_size_ + begin, sums, end - begin);
+      store_row(kernels(), dtype_, y_, token * hidden_size_ + begin, sums, end - begin);
     });
   }
 

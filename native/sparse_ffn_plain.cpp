@@ -62,7 +62,7 @@ class SparseFfnPlain {
     floats_ = memory.at<float>(at_floats);
 
     num_union_ = list_pairs(weights_, pairs_, union_);
-    for (int64_t t = 0; t < T; ++t) x_.floats(t, D, floats_ + t * D);
+    for (int64_t t = 0; t < T; ++t) x_.floats(isa_, t, D, floats_ + t * D);
     run_on_threads([](void* self) { static_cast<SparseFfnPlain*>(self)->on_each_thread(); }, this,
                    threads_for(num_union_ * experts_.width * D * 4));
     return true;
@@ -125,7 +125,7 @@ class SparseFfnPlain {
                       end - begin, D, factors, n, outputs);
       }
     }
-    for (int64_t t = 0; t < T; ++t) store_row(x_.dtype, y_, t * D + begin, sums_ + t * D + begin, end - begin);
+    for (int64_t t = 0; t < T; ++t) store_row(isa_, x_.dtype, y_, t * D + begin, sums_ + t * D + begin, end - begin);
   }
 
   const PlainExperts experts_;

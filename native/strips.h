@@ -77,7 +77,7 @@ class PreparedTokens {
   bool few() const { return num_tokens_ <= 2; }
   void prepare(int64_t token) {
     float* buffer = reinterpret_cast<float*>(floats_ + token * round_up(count_ * 4, 64));
-    isa_.prepare[strips_.format](tokens_.floats(token, count_, buffer), count_, strips_.inputs, strips_.group,
+    isa_.prepare[strips_.format](tokens_.floats(isa_, token, count_, buffer), count_, strips_.inputs, strips_.group,
                                  rows_ + token * strips_.activation_bytes());
   }
 

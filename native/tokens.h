@@ -14,21 +14,19 @@ struct TokenRows {
   int64_t stride;
 
   // The row as floats: the row itself, or converted into `buffer`.
-  const float* floats(int64_t token, int64_t count, float* buffer) const {
+  const float* floats(const Kernels& isa, int64_t token, int64_t count, float* buffer) const {
     if (dtype == kF32) return static_cast<const float*>(data) + token * stride;
-    const uint16_t* row = static_cast<const uint16_t*>(data) + token * stride;
-    for (int64_t i = 0; i < count; ++i) buffer[i] = bf16_to_float(row[i]);
+    isa.widen(static_cast<const uint16_t*>(data) + token * stride, count, buffer);
     return buffer;
   }
 };
 
-inline void store_row(int32_t dtype, void* out, int64_t offset, const float* values, int64_t count) {
-  if (dtype == kF32) {
+inline void store_row(const Kernels& isa, int32_t dtype, void* out, int64_t offset, const float* values,
+                      int64_t count) {
+  if (dtype == kF32)
     __builtin_memcpy(static_cast<float*>(out) + offset, values, static_cast<size_t>(count) * 4);
-  } else {
-    uint16_t* row = static_cast<uint16_t*>(out) + offset;
-    for (int64_t i = 0; i < count; ++i) row[i] = float_to_bf16(values[i]);
-  }
+  else
+    isa.narrow(values, count, static_cast<uint16_t*>(out) + offset);
 }
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }

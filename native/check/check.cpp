@@ -142,7 +142,7 @@ int main() {
                        reinterpret_cast<void*>(omp_get_max_threads));
   printf("kernels: %s, threads: %d\n", blockffn_isa(), omp_get_max_threads());
   for (int format = 0; format <= 4; ++format) {
-    for (int64_t T : {1, 2, 5, 7, 13})
+    for (int64_t T : {1, 2, 5, 7, 13, 33})
       for (bool gated : {false, true}) check_ffn(format, T, 6, 40, 72, 0.5f, gated);
     check_ffn(format, 3, 4, 128, 192, 0.0f, false);  // nothing is active
     check_ffn(format, 3, 3, 8, 40, 1.0f, true);      // everything is
