@@ -90,9 +90,9 @@ def speculate(target: Target, speculation: Speculation, request: Request) -> Ite
         drafter.observe(context, step.hidden)
         verdict = verify(no_tree(), step.logits[-1:], request.settings, context=context, generator=generator)
         request.take([verdict.bonus])
+    context = torch.tensor(request.tokens)
     yield [verdict.bonus]
     while request.finish_reason is None:
-        context = torch.tensor(request.tokens)
         with recorder.time("draft"):
             most = _budget(target, speculation, request)
             tree = drafter.propose(context, most if shaper is None else shaper.budget(most))
@@ -114,6 +114,7 @@ def speculate(target: Target, speculation: Speculation, request: Request) -> Ite
                 shaper.observe(tree, verdict, step)
         recorder.add(step)
         counts.count(tree, verdict)
+        context = torch.cat((context, torch.tensor(block[:taken])))
         yield block[:taken]
 
 

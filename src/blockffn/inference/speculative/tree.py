@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -164,6 +164,7 @@ def chain(tokens: Sequence[int] | Tensor, log_probs: Sequence[float] | Tensor | 
     return DraftTree(tokens, torch.arange(len(tokens)) - 1, torch.as_tensor(log_probs, dtype=torch.float32))
 
 
+@cache
 def no_tree() -> DraftTree:
     """A tree of no nodes: the step is then a plain one."""
     return chain([])
