@@ -235,6 +235,26 @@ def test_credit_that_was_not_needed_for_long_is_not_saved_up() -> None:
     assert losses[1] <= losses[0] + 20  # where a plain round takes 20
 
 
+def test_credit_grows_by_an_eightieth_of_the_time_up_to_half_a_round() -> None:
+    shaper = CostAwareShaper(CostModel(10, 10, 0, 0), num_experts=1, tree=DraftingCost(level=0.1))
+    credits = []
+    for _ in range(300):
+        shaper.budget(Budget(nodes=20, depth=6))
+        shaper.observe(chain([]), Verdict([], 0), step_of(1))
+        credits.append(shaper._credit)
+    assert credits[1] - credits[0] == pytest.approx(20 / 80)
+    assert credits[-1] == pytest.approx(20 / 2)
+
+
+def test_the_rate_changes_by_a_hundredth_with_a_round() -> None:
+    shaper = CostAwareShaper(CostModel(10, 1, 0, 0), num_experts=1)
+    for accepted, rounds in ((4, 600), (1, 69)):
+        for _ in range(rounds):
+            shaper.budget(Budget(nodes=4, depth=4))
+            shaper.observe(chain(range(4), [0.0] * 4), Verdict(list(range(accepted)), 0), step_of(5))
+    assert shaper.rate == pytest.approx((5 + 2) / 2 / 15, rel=0.01)  # half of what was is forgotten
+
+
 def test_a_round_of_bad_luck_does_not_lower_the_rate_below_plain_decoding() -> None:
     shaper = CostAwareShaper(CostModel(10, 1, 0, 0), num_experts=1)
     plain = shaper.rate
