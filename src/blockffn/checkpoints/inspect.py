@@ -13,6 +13,7 @@ from blockffn.checkpoints.files import WEIGHT_SUFFIXES, StoredTensor, open_tenso
 from blockffn.checkpoints.layouts import is_draft
 from blockffn.checkpoints.load import check_folder, model_folder
 from blockffn.checkpoints.recognise import Folder, recognise
+from blockffn.checkpoints.tokenizer import has_tokenizer
 from blockffn.metrics.cost import active_parameters, parameter_counts, weight_bytes_per_token
 
 _CONVERSIONS = {
@@ -114,6 +115,6 @@ def _file_oddities(folder: Folder) -> list[str]:
     spare = [name for name in weights if name not in used]
     if spare:
         found.append(f"{', '.join(spare[:3])}: weights that are not used")
-    if not any(folder.path.glob("tokenizer*")):
+    if not has_tokenizer(folder.path):
         found.append("there is no tokenizer: text cannot be generated from this folder alone")
     return found

@@ -65,7 +65,6 @@ def convert(
 
     Example: blockffn convert runs/demo/blockffn --quantize int4 --out runs/demo-int4
     """
-
     from blockffn.checkpoints.convert import convert as convert_folder
     from blockffn.checkpoints.convert import receipt
     from blockffn.checkpoints.quantization_config import BlockFFNQuantizationConfig

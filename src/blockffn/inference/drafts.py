@@ -114,8 +114,13 @@ def tree_shape(tree: str | int) -> tuple[int, int, int]:
             f"tree must be 'auto' or a number of draft tokens from 1 to {LARGEST}, got {tree!r}; or 'chain:N' for 1 to "
             f"{DEEPEST} without branches"
         )
-    size = int(number)
-    return (size, 1, size) if is_chain else (size, BRANCHES, min(size, LEVELS))
+    size, branches = int(number), 1 if is_chain else BRANCHES
+    return size, branches, _levels(size, branches)
+
+
+def _levels(size: int, branches: int) -> int:
+    """Of a trained draft's tree of a fixed size."""
+    return size if branches == 1 else min(size, LEVELS)
 
 
 def make_drafter(
@@ -131,8 +136,8 @@ def make_drafter(
     """
     if draft == "ngram":
         return NgramDrafter(depth=min(size, DEEPEST), size=size, branches=min(branches, 4))
-    depth = size if branches == 1 else min(size, LEVELS)
-    growth = BestNodes(top_k=min(size, branches), depth=depth if levels is None else levels, size=size)
+    depth = _levels(size, branches) if levels is None else levels
+    growth = BestNodes(top_k=min(size, branches), depth=depth, size=size)
     if isinstance(draft, DraftModel):
         return trained_drafter(draft, model, target, growth=growth)
     if not isinstance(draft, (str, Path)):

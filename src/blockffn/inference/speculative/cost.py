@@ -23,6 +23,7 @@ from blockffn.inference.speculative.growth import Budget
 from blockffn.inference.target import Step, Target
 
 SIZES = (1, 2, 4, 8, 16, 32)
+DRAFT_CONTEXT, DRAFT_ROUNDS = 32, 3  # tokens before a draft that is measured, and how often each way is
 
 
 @dataclass(frozen=True)
@@ -150,23 +151,16 @@ class DraftingCost:
 
 
 def calibrate_drafter(
-    target: Target,
-    drafter: Drafter,
-    most: Budget,
-    *,
-    context: int = 32,
-    rounds: int = 3,
-    seed: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
+    target: Target, drafter: Drafter, most: Budget, *, clock: Callable[[], float] = time.perf_counter
 ) -> DraftingCost:
     """Measure what drafting costs behind random tokens: with one level and with all, and with much of the text unread.
 
     The target is reset before and after. A cache too short for this is used as far as it goes.
     """
-    context = max(min(context, (target.capacity - 3 * rounds - 1) // (rounds + 1)), 1)
+    context = max(min(DRAFT_CONTEXT, (target.capacity - 3 * DRAFT_ROUNDS - 1) // (DRAFT_ROUNDS + 1)), 1)
     one = replace(most, depth=1)
-    turns = [(context, most), *[(1, one), (1, most), (context, one)] * rounds]
-    found = _time_proposals(target, drafter, turns, seed=seed, clock=clock)[1:]  # the first may allocate
+    turns = [(context, most), *[(1, one), (1, most), (context, one)] * DRAFT_ROUNDS]
+    found = _time_proposals(target, drafter, turns, clock)[1:]  # the first may allocate
     short, long, behind = (statistics.median(spent for spent, _ in found[kind::3]) for kind in range(3))
     levels = max((levels for _, levels in found), default=1)
     level = max(long - short, 0.0) / (levels - 1) if levels > 1 else short
@@ -175,27 +169,20 @@ def calibrate_drafter(
 
 
 def milliseconds_per_level(
-    target: Target,
-    drafter: Drafter,
-    most: Budget,
-    *,
-    context: int = 32,
-    rounds: int = 3,
-    seed: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
+    target: Target, drafter: Drafter, most: Budget, *, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """What a level of a proposal of all levels costs, all its costs included, as `calibrate_drafter` measures."""
-    context = max(min(context, target.capacity - rounds - 1), 1)
-    found = _time_proposals(target, drafter, [(context, most), *[(1, most)] * rounds], seed=seed, clock=clock)
+    context = max(min(DRAFT_CONTEXT, target.capacity - DRAFT_ROUNDS - 1), 1)
+    found = _time_proposals(target, drafter, [(context, most), *[(1, most)] * DRAFT_ROUNDS], clock)
     return statistics.median(spent / levels for spent, levels in found[1:] or found)
 
 
 def _time_proposals(
-    target: Target, drafter: Drafter, turns: Sequence[tuple[int, Budget]], *, seed: int, clock: Callable[[], float]
+    target: Target, drafter: Drafter, turns: Sequence[tuple[int, Budget]], clock: Callable[[], float]
 ) -> list[tuple[float, int]]:
     """Milliseconds and levels (1 at least) of proposals, each behind so many more random tokens, as far as they fit."""
     total = min(sum(new for new, _ in turns) + 1, target.capacity)
-    tokens = torch.randint(target.vocab_size, (total,), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(target.vocab_size, (total,), generator=torch.Generator().manual_seed(0))
     target.reset()
     drafter.start(tokens[: turns[0][0]])
     committed, found = 0, []
