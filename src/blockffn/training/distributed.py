@@ -92,11 +92,18 @@ def wrap(module: nn.Module, layers: nn.ModuleList, world: World, *, parallel: st
 
 @contextlib.contextmanager
 def gradient_sync(module: nn.Module, *, enabled: bool) -> Iterator[None]:
-    """Exchange gradients in backward only if `enabled`: all micro-batches but the last go without."""
+    """Exchange gradients in backward only if `enabled`: all micro-batches but the last go without.
+
+    With FSDP, a step of several micro-batches then gathers its parameters once, not twice for each of them: the whole
+    gradients that such a step holds between its micro-batches take more memory than the parameters.
+    """
     if isinstance(module, DistributedDataParallel) and not enabled:
         with module.no_sync():
             yield
     else:
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(enabled)
+            module.set_reshard_after_backward(enabled)
+            if not enabled:
+                module.set_reshard_after_forward(False)
         yield
