@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +72,28 @@ def test_steps_of_kernels_equal_the_modules(attention: str, method: str) -> None
     pytest.importorskip("triton")
     model = tiny_model(attention, method, num_hidden_layers=1)
     run_both([ModelTarget(model), GraphTarget(model, backend="triton")], num_steps=3)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"expert_gated": True}, {"num_shared_experts": 1}, {"router_dtype": "float32"}]
+)
+def test_steps_of_kernels_with_their_experts_equal_the_modules(changes: dict[str, Any]) -> None:
+    pytest.importorskip("triton")
+    model = tiny_model(num_hidden_layers=1, moe_intermediate_size=16, router_norm_eps=0.01, **changes)
+    targets = [ModelTarget(model), GraphTarget(model, backend="triton")]
+    if not changes.get("expert_gated"):
+        model.model.layers[0].mlp.routed_experts.backend = "triton"
+    run_both(targets, num_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "unused"), [({}, "norm_route"), ({"expert_gated": True}, "norm_route_experts"),
+                            ({"expert_activation": "norm_silu"}, "norm_route_experts")],
+)  # fmt: skip
+def test_router_and_experts_are_one_operation_where_experts_are_plain(changes: dict[str, Any], unused: str) -> None:
+    target = GraphTarget(tiny_model(**changes))
+    target.plan.ops = SimpleNamespace(**{name: op for name, op in vars(target.plan.ops).items() if name != unused})
+    target.extend(torch.tensor([3]))
 
 
 @pytest.mark.parametrize("attention", sorted(ATTENTION))

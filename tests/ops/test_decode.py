@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any, Self
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from blockffn.ops.decode import kernels, reference
 from blockffn.ops.decode.inputs import StepInputs, visible_bits
+from blockffn.ops.sparse_ffn import sparse_ffn
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -92,17 +95,143 @@ def test_routing(triton: ModuleType, T: int, count: int, E: int, threshold: floa
     inputs = step_inputs(T, length=5, count=count)
     results = []
     for ops in (triton, reference):
-        for _ in range(2):  # the second finds the counter as the first left them
-            out = torch.full((T, E), float("nan"), device=DEVICE)
-            residual = ops.norm_route(
-                x, weight, norm=norm, eps=1e-5, branch=branch, scale=0.3, router_norm=router_norm, router_eps=1e-6,
-                float32=float32, threshold=threshold, inputs=inputs, out=out,
-            )  # fmt: skip
+        out = torch.full((T, E), float("nan"), device=DEVICE)
+        residual = ops.norm_route(
+            x, weight, norm=norm, eps=1e-5, branch=branch, scale=0.3, router_norm=router_norm, router_eps=1e-6,
+            float32=float32, threshold=threshold, inputs=inputs, out=out,
+        )  # fmt: skip
         results.append((*residual, out, ops.count_active(out[None])))
     for name, actual, expected in zip(("sum", "normed", "weights", "counts"), *results, strict=True):
         assert_close(name, actual, expected)
     assert (results[0][2][count:] == 0).all()
     assert ((results[0][2][:count] == 0) == (results[1][2][:count] == 0)).all()
+
+
+@dataclass
+class Routed:
+    """A router and its experts, on `x [T, D]`."""
+
+    x: Tensor
+    weight: Tensor
+    up_proj: Tensor
+    down_proj: Tensor
+    given: dict[str, Any]
+
+    @classmethod
+    def random(
+        cls, T: int, E: int, *, count: int | None = None, dtype: torch.dtype = torch.float32, **given: Any
+    ) -> Self:
+        x, weight, up, down = (randn(*s, dtype=dtype) for s in ((T, 48), (E, 48), (E, 32, 48), (E, 32, 48)))
+        given = {
+            "norm": randn(48, dtype=dtype), "eps": 1e-5, "branch": randn(T, 48, dtype=dtype), "scale": 0.3,
+            "router_norm": randn(E, dtype=dtype), "router_eps": 1e-6, "float32": True, "threshold": 0.0,
+            "inputs": step_inputs(T, length=5, count=count),
+        } | given  # fmt: skip
+        return cls(x, weight, up, down, given)
+
+    def route(self, ops: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual sum, the routing weights and the norm."""
+        out = torch.full((len(self.x), len(self.weight)), float("nan"), device=DEVICE, dtype=self.x.dtype)
+        total, normed = ops.norm_route(self.x, self.weight, **self.given, out=out)
+        return total, out, normed
+
+    def run(self, ops: ModuleType, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual sum, the routing weights and the experts' output."""
+        out = torch.full((len(self.x), len(self.weight)), float("nan"), device=DEVICE, dtype=self.x.dtype)
+        experts = {"up_proj": self.up_proj, "down_proj": self.down_proj, "backend": backend}
+        total, y = ops.norm_route_experts(self.x, self.weight, **self.given, out=out, **experts)
+        return total, out, y
+
+    def check(self, triton: ModuleType) -> Tensor:
+        """Compare with the definition while experts that no token activates hold NaN; the routing weights."""
+        idle = (self.route(reference)[1] == 0).all(dim=0)
+        self.up_proj[idle] = self.down_proj[idle] = float("nan")
+        actual, expected = self.run(triton, "triton"), self.run(reference, "reference")
+        for name, a, e in zip(("sum", "weights", "output"), actual, expected, strict=True):
+            assert_close(name, a, e)
+        assert torch.equal(actual[1] == 0, expected[1] == 0)
+        return actual[1]
+
+
+@pytest.fixture
+def only_one_token_kernels(triton: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel that norms logits apart, which other numbers of tokens take, fails."""
+    from blockffn.ops.decode import triton_route
+
+    monkeypatch.delattr(triton_route, "_route_kernel")
+
+
+@pytest.mark.parametrize("float32", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 0.7])
+@pytest.mark.parametrize("E", [1, 5, 40, 128])
+@pytest.mark.usefixtures("only_one_token_kernels")
+def test_routing_and_experts_of_one_token(triton: ModuleType, E: int, threshold: float, float32: bool) -> None:
+    weights = Routed.random(1, E, threshold=threshold, float32=float32).check(triton)
+    assert (weights[weights != 0].abs() > threshold).all()
+
+
+@pytest.mark.usefixtures("only_one_token_kernels")
+def test_experts_of_one_token_under_a_norm_of_either_sign(triton: ModuleType) -> None:
+    assert (Routed.random(1, 5, router_norm=-torch.ones(5, device=DEVICE), branch=None).check(triton) <= 0).all()
+
+
+@pytest.mark.usefixtures("only_one_token_kernels")
+def test_a_token_without_an_active_expert_gets_zero(triton: ModuleType) -> None:
+    routed = Routed.random(1, 5, threshold=1e3)
+    assert (routed.check(triton) == 0).all()
+    assert (routed.run(triton, "triton")[2] == 0).all()
+
+
+@pytest.mark.usefixtures("only_one_token_kernels")
+def test_a_damaged_router_is_not_hidden_by_the_experts(triton: ModuleType) -> None:
+    routed = Routed.random(1, 5)
+    routed.weight[2, 3] = float("nan")
+    _, weights, y = routed.run(triton, "triton")
+    assert weights.isnan().all()
+    assert y.isnan().all()
+
+
+@pytest.mark.parametrize("E", [5, 128])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("float32", [False, True])
+def test_experts_of_one_token_get_the_bits_that_routing_apart_gives_them(
+    triton: ModuleType, float32: bool, dtype: torch.dtype, E: int
+) -> None:
+    routed = Routed.random(1, E, dtype=dtype, float32=float32)
+    total, weights, y = routed.run(triton, "triton")
+    expected, expected_weights, normed = routed.route(triton)
+    assert torch.equal(total, expected)
+    if not HAS_GPU:  # there the two sum in another order
+        assert torch.equal(weights, expected_weights)
+    assert torch.equal(y, sparse_ffn(normed, routed.up_proj, routed.down_proj, weights, backend="triton"))
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_routing_and_experts_of_several_tokens(triton: ModuleType, count: int) -> None:
+    assert (Routed.random(4, 5, count=count).check(triton)[count:] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["dense", "reference", "triton_invariant"])
+def test_experts_of_one_token_obey_their_backend(triton: ModuleType, backend: str) -> None:
+    routed = Routed.random(1, 5)
+    _, weights, y = routed.run(triton, backend)
+    normed = routed.route(triton)[2]
+    assert torch.equal(y, sparse_ffn(normed, routed.up_proj, routed.down_proj, weights, backend=backend))
+
+
+def test_experts_that_ask_for_gradients_get_them(triton: ModuleType) -> None:
+    routed = Routed.random(1, 5)
+    routed.up_proj.requires_grad_()
+    routed.run(triton, "triton")[2].sum().backward()
+    assert routed.up_proj.grad is not None
+
+
+def test_experts_of_a_wrong_shape_are_an_error(triton: ModuleType) -> None:
+    routed = Routed.random(1, 5)
+    routed.up_proj = routed.up_proj[:4]
+    for ops in (triton, reference):
+        with pytest.raises(ValueError, match="down_proj has shape"):
+            routed.run(ops, "triton")
 
 
 def test_counts_of_several_layers(triton: ModuleType) -> None:
@@ -159,7 +288,6 @@ def check_results(results: list[Tensor], caches: tuple[Tensor, Tensor], inputs: 
     assert_close("attention", *results)
     assert_close("cache", *(cache[:end] for cache in caches))
     assert caches[0][end:].isnan().all()  # neither padding nor a guess is written
-    assert (inputs.counter == 0).all()
 
 
 @pytest.mark.parametrize("tree", [False, True])

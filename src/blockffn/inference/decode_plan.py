@@ -17,7 +17,7 @@ from blockffn.inference.cached_attention import expansion_weight
 from blockffn.inference.kv_cache import KVCache
 from blockffn.models.attention import LatentAttention
 from blockffn.models.causal_lm import BlockFFNForCausalLM
-from blockffn.models.experts import GatedFFN
+from blockffn.models.experts import GatedFFN, RoutedExperts
 from blockffn.models.moe import BlockFFN
 from blockffn.models.routers.projection import RouterProjection
 from blockffn.models.routers.relu_rmsnorm import ReLURMSNormRouter
@@ -148,16 +148,20 @@ class DecodePlan:
             hidden, x = self.ops.norm_linear(x, mlp.gate_proj.weight, up=mlp.up_proj.weight, **residual)
             return x, self.ops.linear(hidden, mlp.down_proj.weight)
         assert weights_out is not None
-        router = mlp.router
+        router, experts = mlp.router, mlp.routed_experts
         if isinstance(router, ReLURMSNormRouter) and not mlp.num_shared_experts:
-            x, normed = self.ops.norm_route(
-                x, router.proj.weight, **residual, router_norm=router.norm.weight, router_eps=router.norm.eps,
-                float32=router.proj.router_dtype == "float32", threshold=mlp.threshold, inputs=inputs, out=weights_out,
-            )  # fmt: skip
+            route = residual | {
+                "router_norm": router.norm.weight, "router_eps": router.norm.eps, "threshold": mlp.threshold,
+                "float32": router.proj.router_dtype == "float32", "inputs": inputs, "out": weights_out,
+            }  # fmt: skip
+            if _are_plain(experts):
+                weights = {"up_proj": experts.up_proj, "down_proj": experts.down_proj, "backend": experts.backend}
+                return self.ops.norm_route_experts(x, router.proj.weight, **route, **weights)
+            x, normed = self.ops.norm_route(x, router.proj.weight, **route)
         else:
             x, normed = self.ops.add_norm(x, **residual)
             self._route(mlp, normed, inputs, weights_out)
-        return x, mlp.routed_experts(normed, weights_out)
+        return x, experts(normed, weights_out)
 
     def _route(self, mlp: BlockFFN, normed: Tensor, inputs: StepInputs, weights_out: Tensor) -> None:
         """Any router, by its own module; padding activates nothing."""
@@ -185,6 +189,11 @@ def refuses_plan(model: BlockFFNForCausalLM) -> str | None:
         if is_projection and type(module) not in PLAIN:
             return f"{name} is a {type(module).__name__}, not plain weights; dequantize or merge it first"
     return None
+
+
+def _are_plain(experts: nn.Module) -> bool:
+    """Whether these are `sum_e weight * down_e(silu(up_e(x)))` over weights that are not packed or adapted."""
+    return type(experts) is RoutedExperts and experts.gate_proj is None and experts.activation_norm is None
 
 
 def _input_projection(module: nn.Module) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockffn.ops.decode.inputs import StepInputs
+from blockffn.ops.sparse_ffn import sparse_ffn
 
 
 def add_norm(
@@ -67,6 +68,36 @@ def norm_route(
     inactive = (weights.abs() <= threshold) | padding(inputs).unsqueeze(-1)
     out.copy_(torch.where(inactive, 0, weights))
     return x, normed
+
+
+def norm_route_experts(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm: Tensor,
+    eps: float,
+    branch: Tensor | None = None,
+    scale: float = 1.0,
+    router_norm: Tensor,
+    router_eps: float,
+    float32: bool,
+    threshold: float,
+    inputs: StepInputs,
+    out: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`norm_route`, then the experts that are not gated: the residual sum and the experts' output, both `[T, D]`.
+
+    Args:
+        up_proj, down_proj: `[E, F, D]`. backend: of `sparse_ffn`.
+    """
+    x, normed = norm_route(
+        x, weight, norm=norm, eps=eps, branch=branch, scale=scale, router_norm=router_norm, router_eps=router_eps,
+        float32=float32, threshold=threshold, inputs=inputs, out=out,
+    )  # fmt: skip
+    return x, sparse_ffn(normed, up_proj, down_proj, out, backend=backend)
 
 
 def padding(inputs: StepInputs) -> Tensor:

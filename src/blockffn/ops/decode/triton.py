@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from blockffn.ops.decode.triton_attention import grouped_attention, latent_attention
 from blockffn.ops.decode.triton_linear import add_norm, linear, norm_linear
-from blockffn.ops.decode.triton_route import count_active, norm_route
+from blockffn.ops.decode.triton_route import count_active, norm_route, norm_route_experts
 
 __all__ = [
     "add_norm",
@@ -18,4 +18,5 @@ __all__ = [
     "linear",
     "norm_linear",
     "norm_route",
+    "norm_route_experts",
 ]

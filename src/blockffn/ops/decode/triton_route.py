@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -11,27 +13,21 @@ from torch.nn import functional as F
 
 from blockffn.ops.decode.inputs import StepInputs
 from blockffn.ops.decode.triton_linear import add_norm, launch, rows_of_tile, sum_and_norm, warps_of_row
-from blockffn.ops.sparse_ffn.triton_parts import let_next_kernel_start, wait_for_previous_kernel
+from blockffn.ops.gpu import has_dependent_launch
+from blockffn.ops.sparse_ffn import sparse_ffn, takes_token_kernel
+from blockffn.ops.sparse_ffn.triton_parts import let_next_kernel_start, relu_rmsnorm, wait_for_previous_kernel
+from blockffn.ops.sparse_ffn.triton_token import RouterLogits, ffn_of_one_token
 
 LEAST_PROGRAMS = 64  # that share the rows of a router, which are few
 
 
 @triton.jit
-def _weights_of(logits, norm, eps, threshold, E: tl.constexpr):
-    """`norm * RMSNorm(ReLU(logits))`, 0 up to the threshold; what is not a number stays so."""
-    activated = tl.where(logits <= 0, 0.0, logits)
-    weights = activated * (1.0 / tl.sqrt_rn(tl.sum(activated * activated, axis=0) / E + eps)) * norm
-    return tl.where(tl.abs(weights) <= threshold, 0.0, weights)
-
-
-@triton.jit
-def _norm_route_kernel(
-    x_ptr, branch_ptr, norm_ptr, weight_ptr, router_norm_ptr, sum_ptr, normed_ptr, logits_ptr, out_ptr, counter_ptr,
-    scale, eps, router_eps, threshold,
-    E: tl.constexpr, D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+def _norm_logits_kernel(
+    x_ptr, branch_ptr, norm_ptr, weight_ptr, sum_ptr, normed_ptr, logits_ptr, scale, eps,
+    E: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
     BRANCH: tl.constexpr, ROUND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token: each program multiplies a few rows of the router; the one that finishes last norms all logits."""
+    """One token: each program multiplies a few rows of the router; the first stores the sum and its norm."""
     columns = tl.arange(0, BLOCK_D)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = columns < D
@@ -39,8 +35,6 @@ def _norm_route_kernel(
         weight_ptr + rows[:, None] * D + columns[None, :], mask=(rows < E)[:, None] & inside[None, :], other=0.0
     )
     norm = tl.load(norm_ptr + columns, mask=inside, other=0.0)
-    experts = tl.arange(0, BLOCK_E)
-    router_norm = tl.load(router_norm_ptr + experts, mask=experts < E, other=0.0).to(tl.float32)
     let_next_kernel_start(PDL)
     wait_for_previous_kernel(PDL)
     dtype: tl.constexpr = normed_ptr.dtype.element_ty
@@ -53,14 +47,6 @@ def _norm_route_kernel(
     if ROUND:
         logits = logits.to(dtype).to(tl.float32)
     tl.store(logits_ptr + rows, logits, mask=rows < E)
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-    if arrived == tl.num_programs(0) - 1:
-        # Other processors wrote these: .cg reads them from L2, never from a stale line of L1.
-        all_logits = tl.load(logits_ptr + experts, mask=experts < E, other=0.0, cache_modifier=".cg")
-        weights = _weights_of(all_logits, router_norm, router_eps, threshold, E)
-        tl.store(out_ptr + experts, weights.to(out_ptr.dtype.element_ty), mask=experts < E)
-        tl.store(counter_ptr, 0)
 
 
 @triton.jit
@@ -74,7 +60,7 @@ def _route_kernel(
     let_next_kernel_start(PDL)
     wait_for_previous_kernel(PDL)
     logits = tl.load(logits_ptr + token * E + experts, mask=experts < E, other=0.0).to(tl.float32)
-    weights = _weights_of(logits, router_norm, router_eps, threshold, E)
+    weights = relu_rmsnorm(logits, router_norm, router_eps, threshold, E)
     weights = tl.where(token < tl.load(count_ptr), weights, 0.0)
     tl.store(out_ptr + token * E + experts, weights.to(out_ptr.dtype.element_ty), mask=experts < E)
 
@@ -109,35 +95,64 @@ def norm_route(
     inputs: StepInputs,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    x, normed, logits = _norm_logits(x, weight, norm, eps=eps, branch=branch, scale=scale, float32=float32)
+    E = len(weight)
+    _route_kernel[(len(x),)](
+        logits, router_norm, inputs.count, out, router_eps, threshold,
+        E=E, BLOCK_E=triton.next_power_of_2(E), num_warps=1, **launch(x),
+    )  # fmt: skip
+    return x, normed
+
+
+def norm_route_experts(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm: Tensor,
+    eps: float,
+    branch: Tensor | None = None,
+    scale: float = 1.0,
+    router_norm: Tensor,
+    router_eps: float,
+    float32: bool,
+    threshold: float,
+    inputs: StepInputs,
+    out: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    residual: dict[str, Any] = {"eps": eps, "branch": branch, "scale": scale, "float32": float32}
+    if takes_token_kernel(x, up_proj, down_proj, out, backend=backend):
+        x, normed, logits = _norm_logits(x, weight, norm, **residual)
+        router = RouterLogits(logits, router_norm, router_eps, threshold)
+        pdl = has_dependent_launch(x.device)
+        return x, ffn_of_one_token(normed, up_proj, down_proj, out, router=router, pdl=pdl)
+    x, normed = norm_route(
+        x, weight, norm=norm, **residual, router_norm=router_norm, router_eps=router_eps, threshold=threshold,
+        inputs=inputs, out=out,
+    )  # fmt: skip
+    return x, sparse_ffn(normed, up_proj, down_proj, out, backend=backend)
+
+
+def _norm_logits(
+    x: Tensor, weight: Tensor, norm: Tensor, *, eps: float, branch: Tensor | None, scale: float, float32: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The residual sum, its norm, and the router's logits `[T, E]`."""
     (T, D), E = x.shape, len(weight)
-    block_e = triton.next_power_of_2(E)
     if T > 1:
-        x, normed = add_norm(x, norm, eps=eps, branch=branch, scale=scale)
-        logits = F.linear(normed.float(), weight.float()) if float32 else F.linear(normed, weight)
-        _route_kernel[(T,)](
-            logits,
-            router_norm,
-            inputs.count,
-            out,
-            router_eps,
-            threshold,
-            E=E,
-            BLOCK_E=block_e,
-            num_warps=1,
-            **launch(x),
-        )
-        return x, normed
-    normed, logits = torch.empty_like(x), torch.empty(E, dtype=torch.float32, device=x.device)
+        total, normed = add_norm(x, norm, eps=eps, branch=branch, scale=scale)
+        return total, normed, F.linear(normed.float(), weight.float()) if float32 else F.linear(normed, weight)
+    normed, logits = torch.empty_like(x), torch.empty(1, E, dtype=torch.float32, device=x.device)
     total = x if branch is None else torch.empty_like(x)
     block_d = triton.next_power_of_2(D)
     rows = min(rows_of_tile(block_d, weight), triton.next_power_of_2(triton.cdiv(E, LEAST_PROGRAMS)))
-    _norm_route_kernel[(triton.cdiv(E, rows),)](
-        x, x if branch is None else branch, norm, weight, router_norm, total, normed, logits, out, inputs.counter,
-        scale, eps, router_eps, threshold,
-        E=E, D=D, BLOCK_E=block_e, BLOCK_D=block_d, ROWS=rows, BRANCH=branch is not None, ROUND=not float32,
+    _norm_logits_kernel[(triton.cdiv(E, rows),)](
+        x, x if branch is None else branch, norm, weight, total, normed, logits, scale, eps,
+        E=E, D=D, BLOCK_D=block_d, ROWS=rows, BRANCH=branch is not None, ROUND=not float32,
         num_warps=warps_of_row(block_d), **launch(x),
     )  # fmt: skip
-    return total, normed
+    return total, normed, logits
 
 
 def count_active(weights_LTE: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ from blockffn.ops.sparse_ffn.cpu import pays_plain, refuses_packed, refuses_plai
 from blockffn.ops.sparse_ffn.dense import sparse_ffn_dense
 from blockffn.ops.sparse_ffn.reference import sparse_ffn_packed_reference, sparse_ffn_reference
 from blockffn.ops.sparse_ffn.triton import (
+    needs_gradient,
     pays_triton,
     refuses_triton,
     refuses_triton_invariant,
@@ -87,6 +88,20 @@ def sparse_ffn(
     )
     result: Tensor = BACKENDS[name].run(*arguments, gate_proj_EFD=gate_proj_EFD)
     return result
+
+
+def takes_token_kernel(
+    x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor, *, backend: str = "auto"
+) -> bool:
+    """Whether `sparse_ffn` computes this by the Triton kernel of one token, which can also norm a router's logits.
+
+    Raises:
+        ValueError: as `sparse_ffn`.
+    """
+    arguments = (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
+    check_shapes(*arguments, None)
+    name = choose_backend("sparse_ffn", BACKENDS, backend, *arguments)
+    return name == "triton" and len(x_TD) == 1 and not needs_gradient(*arguments)
 
 
 def sparse_ffn_packed(

@@ -68,7 +68,7 @@ def pays_triton(
     """
     tensors = (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
     limit = MAX_AUTO_TOKENS.get(x_TD.dtype, 0)
-    return x_TD.device.type == "cuda" and x_TD.shape[0] <= limit and not _needs_gradient(*tensors)
+    return x_TD.device.type == "cuda" and x_TD.shape[0] <= limit and not needs_gradient(*tensors)
 
 
 def sparse_ffn_triton(
@@ -87,7 +87,7 @@ def sparse_ffn_triton(
     runs; beyond, and in gradients of `x`, float32 atomics leave the last bits free.
     """
     tensors = (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
-    if _needs_gradient(*tensors):
+    if needs_gradient(*tensors):
         trained: Tensor = torch.ops.blockffn.sparse_ffn_grouped(*tensors)[0]
         return trained
     result: Tensor = torch.ops.blockffn.sparse_ffn_triton(*tensors)
@@ -104,7 +104,7 @@ def refuses_triton_invariant(
 ) -> str | None:
     """Why the batch-invariant Triton kernels cannot take these tensors, or `None`."""
     tensors = (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
-    if _needs_gradient(*tensors):
+    if needs_gradient(*tensors):
         return "it has no gradient; use backend='triton', or torch.inference_mode()"
     return refuses_triton(*tensors, gate_proj_EFD=gate_proj_EFD)
 
@@ -126,7 +126,7 @@ def sparse_ffn_triton_invariant(
     return result
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
+def needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: activation, dependent launch, the scan over routing weights, the split reduction."""
+"""What the Triton kernels share: activation, routing, dependent launch, the scan over weights, the split reduction."""
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
@@ -11,6 +11,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 @triton.jit
 def silu(x):
     return x * tl.sigmoid(x)
+
+
+@triton.jit
+def relu_rmsnorm(logits, norm, eps, threshold, E: tl.constexpr):
+    """`norm * RMSNorm(ReLU(logits))`, 0 up to the threshold; what is not a number stays so, and spreads past `E`."""
+    activated = tl.where(logits <= 0, 0.0, logits)
+    weights = activated * (1.0 / tl.sqrt_rn(tl.sum(activated * activated, axis=0) / E + eps)) * norm
+    return tl.where(tl.abs(weights) <= threshold, 0.0, weights)
 
 
 @triton.jit
