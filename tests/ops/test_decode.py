@@ -239,6 +239,34 @@ def test_counts_of_several_layers(triton: ModuleType) -> None:
     assert torch.equal(triton.count_active(weights), reference.count_active(weights))
 
 
+@pytest.mark.parametrize("V", [1, 61, 1024, 5000])
+def test_the_best_token_goes_to_the_next_step(triton: ModuleType, V: int) -> None:
+    for ops in (triton, reference):
+        inputs, chosen = step_inputs(1, length=6), torch.full((2,), -1, device=DEVICE)
+        for length in (7, 8):
+            logits = randn(1, V)
+            ops.advance(logits, inputs, chosen)
+            expected = StepInputs(1, DEVICE)
+            expected.fill(length, [int(logits.argmax())])
+            assert torch.equal(inputs.data, expected.data)
+            assert chosen[(length - 1) % 2] == inputs.tokens
+        assert (chosen >= 0).all()  # that of the first step is still there
+        assert inputs.counter == 0
+
+
+@pytest.mark.parametrize("values", [
+    [(0, -1.0), (3, 2.0), (2000, 2.0)], [(5, -0.0), (9, 0.0)], [(1, 7.0), (1500, float("nan")), (1600, float("nan"))],
+    [(4, float("inf")), (7, 3e38)], [], [(1999, -3e38)],
+])  # fmt: skip
+def test_the_best_token_is_that_of_argmax(triton: ModuleType, values: list[tuple[int, float]]) -> None:
+    logits = torch.full((1, 2001), float("-inf"), device=DEVICE)
+    for index, value in values:
+        logits[0, index] = value
+    chosen = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    triton.advance(logits, step_inputs(1, length=1), chosen)
+    assert chosen[1] == logits.cpu().argmax()
+
+
 def test_a_damaged_router_is_not_hidden(triton: ModuleType) -> None:
     weight = randn(6, 32)
     weight[2, 3] = float("nan")

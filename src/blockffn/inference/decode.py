@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blockffn.inference.sampling import SamplingSettings, choose, decisive_logits
 from blockffn.inference.statistics import GenerationStatistics, Recorder
-from blockffn.inference.target import Step, Target, ask_best, check_request, prefill
+from blockffn.inference.target import Step, Target, ask_best, check_request, expect_choices, prefill
 
 OnToken = Callable[[int], bool | None]
 
@@ -128,6 +128,8 @@ def decode(
     """
     settings, recorder = request.settings, request.recorder
     step = begin(target, request, all_logits=on_logits is not None)
+    if settings.takes_best and on_logits is None:
+        expect_choices(target)
     generator = torch.Generator(step.logits.device).manual_seed(settings.seed)
     while True:
         if on_logits is not None:

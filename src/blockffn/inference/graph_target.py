@@ -1,12 +1,15 @@
 """`GraphTarget`: decode steps of up to 64 tokens as CUDA graphs of a `DecodePlan`.
 
 A step is one copy of its inputs to the GPU and one launch of a graph; nothing waits until somebody reads the result.
-Prompts and larger trees run through the model's own modules, over the same cache.
+Where each token is the best one behind the last (`expect_choices`), steps run ahead: the GPU chooses the token and has
+the next step at hand while the host deals with this one. Prompts and larger trees run through the model's own modules,
+over the same cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,6 +35,8 @@ class GraphTarget(ModelTarget):
         model: with plain weights; it is put into evaluation mode.
         capacity, chunk_size: as for `ModelTarget`.
         backend: of `blockffn.ops.decode`.
+        run_ahead: whether `expect_choices` is heeded; default: on a GPU, where it saves the wait for the host. A step
+            of a token that is not the expected one then begins after the one that was launched in vain.
 
     Raises:
         ValueError: as `ModelTarget`, or the model has packed or adapted weights or rotary frequencies that change with
@@ -45,19 +50,44 @@ class GraphTarget(ModelTarget):
         capacity: int | None = None,
         chunk_size: int = 512,
         backend: str = "auto",
+        run_ahead: bool | None = None,
     ) -> None:
         super().__init__(model, capacity=capacity, chunk_size=chunk_size)
         self.plan = DecodePlan(model, self.cache, backend=backend)
+        self.run_ahead = self.forward.device.type == "cuda" if run_ahead is None else run_ahead
+        self._expects_choices = False
+        self._ahead: _StepsAhead | None = None
         self._steps: dict[int, _CapturedStep | _EagerStep] = {}
         self._threshold = model.config.routing_threshold
 
+    def reset(self) -> None:
+        super().reset()
+        self._expects_choices = False
+
+    def expect_choices(self) -> None:
+        """As `target.expect_choices` says. Steps of one token then have `choices`, and wait for the GPU."""
+        self._expects_choices = self.run_ahead
+
+    def prefill(self, tokens: Tensor) -> Step:
+        self._discard_ahead()
+        return super().prefill(tokens)
+
     @torch.no_grad()
     def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
-        """As `ModelTarget.extend`; does not wait for the GPU."""
+        """As `ModelTarget.extend`; does not wait for the GPU, unless choices are expected."""
         if len(tokens) > MAX_TOKENS:
+            self._discard_ahead()
             return super().extend(tokens, parents)
         check_room(tokens, self._pending, length=self._length, capacity=self._capacity)
         check_parents(tokens, parents)
+        self._heed_threshold()
+        if self._expects_choices and len(tokens) == 1 and not tokens.is_cuda:
+            if self._ahead is None:
+                self._ahead = _StepsAhead(self.plan, self.forward.device)
+            result = self._ahead.extend(self._length, int(tokens), has_room=self._length + 2 <= self._capacity)
+            self._pending = Pending(1, None)
+            return result
+        self._discard_ahead()
         count, step = len(tokens), self._step(len(tokens))
         device = self.forward.device if tokens.is_cuda or (parents is not None and parents.is_cuda) else None
         if device is None:
@@ -67,21 +97,24 @@ class GraphTarget(ModelTarget):
             step.inputs.fill_on_device(self._length, tokens.to(device), ancestors)
         outputs = step.run()
         self._pending = Pending(count, parents)
-        logits, hidden = outputs.logits[:count].clone(), outputs.hidden[:count].clone()
-        if outputs.counts is None:
-            return Step(logits, hidden)
-        counts = outputs.counts.clone()
-        return Step(logits, hidden, counts[:, 0], counts[:, 1 : 1 + count])
+        return _copy(outputs, count)
 
     def _step(self, count: int) -> _CapturedStep | _EagerStep:
-        if self._threshold != self.forward.model.config.routing_threshold:
-            self._threshold = self.forward.model.config.routing_threshold
-            self._steps.clear()  # a graph holds the threshold that it was captured with
         size = 1 << (count - 1).bit_length()
         if size not in self._steps:
-            kind = _CapturedStep if self.forward.device.type == "cuda" else _EagerStep
-            self._steps[size] = kind(self.plan.step, StepInputs(size, self.forward.device))
+            self._steps[size] = _make_step(self.plan.step, StepInputs(size, self.forward.device))
         return self._steps[size]
+
+    def _heed_threshold(self) -> None:
+        """Drop all graphs if the threshold that they were captured with has changed."""
+        if self._threshold != self.forward.model.config.routing_threshold:
+            self._threshold = self.forward.model.config.routing_threshold
+            self._steps.clear()
+            self._ahead = None
+
+    def _discard_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.discard()
 
 
 def refuses_graphs(model: BlockFFNForCausalLM) -> str | None:
@@ -102,6 +135,75 @@ def graph_target(model: BlockFFNForCausalLM, capacity: int | None = None) -> Gra
     if reason is not None:
         raise ValueError(f"backend 'graph' cannot decode this model: {reason}; use backend='model'")
     return GraphTarget(model, capacity=capacity)
+
+
+def _copy(outputs: StepOutputs, count: int) -> Step:
+    """The first `count` tokens of a step, free to be kept. Counts are apart: who keeps them keeps no logits."""
+    logits, hidden = outputs.logits[:count].clone(), outputs.hidden[:count].clone()
+    if outputs.counts is None:
+        return Step(logits, hidden)
+    counts = outputs.counts.clone()
+    return Step(logits, hidden, counts[:, 0], counts[:, 1 : 1 + count])
+
+
+class _StepsAhead:
+    """Steps of one token, of which the next is launched before it is asked for.
+
+    On the device, a step chooses the best token and leaves the inputs of the next one, which is launched before the
+    host knows that token. A step in vain leaves nothing but a row of the cache that is not committed.
+    """
+
+    def __init__(self, plan: DecodePlan, device: torch.device) -> None:
+        self._plan = plan
+        self._chosen = torch.zeros(2, dtype=torch.int64, device=device)
+        self._step = _make_step(self._choose, StepInputs(1, device))
+        self._reader = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._outputs: StepOutputs | None = None
+        self._done: torch.cuda.Event | None = None
+        self._begun: tuple[int, int] | None = None
+
+    def discard(self) -> None:
+        """Forget what was launched ahead."""
+        self._begun = None
+
+    def extend(self, length: int, token: int, *, has_room: bool) -> Step:
+        """The step of a token behind `length` committed ones, with `choices`; waits for it, not for the next.
+
+        Args:
+            has_room: whether the cache takes another token, which is then begun.
+        """
+        if self._begun != (length, token):
+            self._step.inputs.fill(length, [token])
+            self._launch()
+        assert self._outputs is not None
+        step, done = _copy(self._outputs, 1), self._done
+        self.discard()
+        if has_room:
+            self._launch()
+        choice = self._read_choice(length, done)
+        if has_room:
+            self._begun = (length + 1, choice)
+        return replace(step, choices=torch.tensor([choice]))
+
+    def _launch(self) -> None:
+        self._outputs = self._step.run()
+        self._done = None if self._reader is None else torch.cuda.current_stream().record_event()
+
+    def _read_choice(self, length: int, done: torch.cuda.Event | None) -> int:
+        """What the step behind `length` tokens chose; on a GPU past the steps that are queued behind it."""
+        with torch.cuda.stream(self._reader):
+            if self._reader is not None and done is not None:
+                self._reader.wait_event(done)
+            return int(self._chosen[length % 2])
+
+    def _choose(self, inputs: StepInputs) -> StepOutputs:
+        outputs = self._plan.step(inputs)
+        self._plan.ops.advance(outputs.logits, inputs, self._chosen)
+        return outputs
+
+
+def _make_step(function: Callable[[StepInputs], StepOutputs], inputs: StepInputs) -> _CapturedStep | _EagerStep:
+    return (_CapturedStep if inputs.data.is_cuda else _EagerStep)(function, inputs)
 
 
 class _EagerStep:
@@ -131,13 +233,15 @@ class _CapturedStep:
         return self._outputs
 
     def _capture(self) -> None:
-        """Run once to compile kernels and to let libraries allocate, then capture. The step is idempotent: what it
-        writes to the cache depends on its inputs alone."""
+        """Run once to compile kernels and to let libraries allocate, then capture. The step may be repeated: what it
+        writes to the cache depends on its inputs alone, which are restored."""
+        inputs = self.inputs.data.clone()
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
             self.function(self.inputs)
         current.wait_stream(side)
+        self.inputs.data.copy_(inputs)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._outputs = self.function(self.inputs)

@@ -45,6 +45,11 @@ class SamplingSettings:
         if not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty must be finite and positive, got {self.repetition_penalty}")
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether the next token is always the one with the largest logit."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
 
 def decisive_logits(settings: SamplingSettings) -> int | None:
     """How many of the largest logits, with those that equal the least of them, decide the next token; `None`: all."""

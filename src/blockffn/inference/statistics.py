@@ -21,7 +21,8 @@ PARTS = ("prefill", "draft", "decode", "sampling")
 
 @dataclass(frozen=True)
 class GenerationStatistics:
-    """Times in seconds; on a GPU the wait for a step falls into `sampling`, where its token is read.
+    """Times in seconds; on a GPU the wait for a step falls into `sampling`, where its token is read, or into `decode`
+    where the next step is launched before (`GraphTarget`).
 
     Attributes:
         steps: runs of the model after the prompt.

@@ -67,7 +67,7 @@ class Step:
         union: `[L]` int64, experts that the tokens activate together, per layer with experts; `None` for dense models.
         active: `[L, T]` int64, experts active per token; `None` for dense models.
         choices: `[T]` int64, the first token with the largest logit behind each, where the target was asked for the
-            best one alone (`ask_best`) and knows it; `None`: see `logits`.
+            best one alone (`ask_best`, `expect_choices`) and knows it; `None`: see `logits`.
         head_share: share of the head that was read as it is stored; `None`: the target always reads it whole.
     """
 
@@ -101,6 +101,16 @@ def ask_best(target: Target, count: int | None) -> None:
     own = getattr(target, "ask_best", None)
     if own is not None:
         own(count)
+
+
+def expect_choices(target: Target) -> None:
+    """Say that until the next reset each step will be of one token, the best one behind the step before.
+
+    A target that gains by this has a method `expect_choices` of its own. Other steps give what they always give.
+    """
+    own = getattr(target, "expect_choices", None)
+    if own is not None:
+        own()
 
 
 def check_request(target: Target, prompt_ids: Sequence[int], max_new_tokens: int) -> None:

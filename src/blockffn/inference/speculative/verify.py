@@ -35,7 +35,7 @@ def verify(
         generator: on the device of the logits.
         choices: `[N + 1]` the tokens with the largest logits, where they are known.
     """
-    if settings.temperature == 0 and settings.repetition_penalty == 1:
+    if settings.takes_best:
         return verify_greedy(tree, logits.argmax(dim=-1) if choices is None else choices)
     return verify_sampling(tree, logits, settings, context=context, generator=generator)
 

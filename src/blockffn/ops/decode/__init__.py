@@ -10,6 +10,7 @@ Two modules compute the same functions on plain tensors: `reference`, in torch, 
     linear(x, weight)                                   a product
     grouped_attention, latent_attention                 rotate, write to the cache, attend over its valid rows
     count_active(weights_LTE)                           experts per layer: of the step together, and of each token
+    advance(logits, inputs, chosen)                     the best token, and the inputs of the step that follows it
 
 `x` is `[T, D]` with contiguous rows, T from 1 to 64; a `branch [T, D]` times `scale` is added to it first. Products
 are in the dtype of `x` and sum in float32.

@@ -176,6 +176,19 @@ def count_active(weights_LTE: Tensor) -> Tensor:
     return torch.cat((is_active.any(dim=1).sum(dim=-1, keepdim=True), is_active.sum(dim=-1)), dim=-1)
 
 
+def advance(logits: Tensor, inputs: StepInputs, chosen: Tensor) -> None:
+    """Make the inputs of a step of one token those of the next: its token is the first of the largest logits `[1, V]`.
+
+    Args:
+        chosen: `[2]` int64; number `length % 2` receives the token, which the next step leaves alone.
+    """
+    token = logits.argmax(dim=-1)
+    chosen[inputs.length % 2] = token
+    inputs.tokens.copy_(token)
+    inputs.length += 1
+    inputs.positions += 1
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inputs: StepInputs) -> Tensor:
     """Heads `[T, H, W]` by the tokens' positions."""
     first, second = x.chunk(2, dim=-1)

@@ -6,12 +6,14 @@ kernel before them (programmatic dependent launch); for one token they compute t
 
 from __future__ import annotations
 
+from blockffn.ops.decode.triton_advance import advance
 from blockffn.ops.decode.triton_attention import grouped_attention, latent_attention
 from blockffn.ops.decode.triton_linear import add_norm, linear, norm_linear
 from blockffn.ops.decode.triton_route import count_active, norm_route, norm_route_experts
 
 __all__ = [
     "add_norm",
+    "advance",
     "count_active",
     "grouped_attention",
     "latent_attention",
