@@ -14,6 +14,8 @@ class StepInputs:
         count: `[1]`, how many tokens are real; the others are padding.
         tokens, positions: `[T]`.
         visible: `[T]`, bit `s` of number `t`: token `t` sees token `s` of the step. Each sees itself.
+
+    And `counter`, int32, with which programs of a kernel find out who is last; 0 between kernels.
     """
 
     def __init__(self, num_tokens: int, device: torch.device) -> None:
@@ -22,6 +24,7 @@ class StepInputs:
         self.num_tokens = T
         self.data = torch.zeros(2 + 3 * T, dtype=torch.int64, device=device)
         self.length, self.count, self.tokens, self.positions, self.visible = self.data.split([1, 1, T, T, T])
+        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
 
     def fill(self, length: int, tokens: list[int], parents: list[int] | None = None) -> None:
         """Set all by one copy, which the host does not wait for; padding has token 0 at position 0 and sees itself.
