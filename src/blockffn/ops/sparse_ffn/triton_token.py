@@ -57,7 +57,10 @@ def _rows_kernel(
         at = rows[:, None] * D + columns[None, :]
         up = tl.load(up_ptr + at, mask=inside[None, :], other=0.0)
         down = tl.load(down_ptr + at, mask=inside[None, :], other=0.0)
-        weight = tl.sum(tl.where(chosen, weights, 0.0), axis=0)
+        if ROUTE:
+            weight = tl.sum(tl.where(chosen, weights, 0.0), axis=0)
+        else:
+            weight = tl.load(weights_ptr + expert).to(tl.float32)
         hidden = silu(tl.sum(up.to(tl.float32) * x[None, :], axis=1)) * weight
         partial += tl.sum(down.to(tl.float32) * hidden[:, None], axis=0)
     tl.store(partial_ptr + tl.program_id(0) * D + columns, partial, mask=inside)
