@@ -26,8 +26,8 @@ from blockffn.inference.speculative.verify import Verdict
 from blockffn.inference.target import Step
 
 FORGET_RATE, FIRST_ROUNDS = 0.99, 2  # plain ones, from which the rate starts
-# Plain rounds that are tried in a row, and those before one is measured: the first finds the draft's weights in
-# the caches instead of the target's.
+# Plain rounds that are tried in a row, and those before one is measured: the first is slow,
+# presumably because the draft has taken the target's place in the caches.
 PLAIN_TRY, COLD = 3, 1
 CLEAR_GAIN = 1.25  # over plain decoding: where drafts bring more, plain rounds are not tried
 # Of plain rounds, which are alike, one of so many is measured: learning takes a good part of a small model's step.
@@ -295,7 +295,7 @@ class CostAwareShaper:
             self._taken = min(self._way.usual + further, len(STEPS))
 
     def _plain(self) -> float:
-        """Milliseconds of a round without drafts: as measured, for in a row they are faster than a fit to all rounds says."""
+        """Milliseconds of a round without drafts: as measured, for in a row they are faster than a fit to all says."""
         return self._plain_time if self._plain_measured else self._calculated_plain()
 
     def _calculated_plain(self) -> float:
