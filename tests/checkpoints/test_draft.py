@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import blockffn
-from blockffn.checkpoints.draft import load_draft, save_draft
+from blockffn.checkpoints.draft import load_draft, read_calibration, save_draft
 from blockffn.checkpoints.files import CheckpointError
 from tests.checkpoints import published, straight_line
 
@@ -106,3 +107,25 @@ def test_a_draft_of_another_target_is_refused(folders: tuple[Path, Path], tmp_pa
 def test_a_draft_opened_as_a_model_is_told_where_it_belongs(folders: tuple[Path, Path]) -> None:
     with pytest.raises(CheckpointError, match=f"EAGLE draft; .* generate MODEL --speculative {folders[1]}"):
         blockffn.load(folders[1])
+
+
+def test_the_calibration_of_a_draft_is_read_from_its_card_where_it_has_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert read_calibration(tmp_path) is None
+    card = tmp_path / "draft.json"
+    for content in ({}, {"decoding": None}, {"decoding": {"calibration": None}}):
+        card.write_text(json.dumps(content))
+        assert read_calibration(tmp_path) is None
+    rows = {"first": [[0.25, 0.8, 40]], "later": []}
+    card.write_text(json.dumps({"decoding": {"calibration": rows}}))
+    assert read_calibration(tmp_path) == rows
+
+
+@pytest.mark.parametrize(
+    "calibration", [[], {"first": []}, {"first": [[0.5, 2, 1]], "later": []}, {"first": 3, "later": []}]
+)
+def test_a_calibration_that_makes_no_sense_is_refused(tmp_path: Path, calibration: object) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "draft.json").write_text(json.dumps({"decoding": {"calibration": calibration}}))
+    with pytest.raises(CheckpointError, match="rows of a probability"):
+        read_calibration(tmp_path)

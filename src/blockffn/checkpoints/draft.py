@@ -78,6 +78,29 @@ def load_draft(
     return model.eval()
 
 
+def read_calibration(path: Path) -> dict[str, list[list[float]]] | None:
+    """How often the tokens of the draft in a folder were accepted, as its card says; `None` where it does not.
+
+    Raises:
+        CheckpointError: the card says something else there.
+    """
+    card = model_folder(path) / CARD
+    found = (read_json(card).get("decoding") or {}).get("calibration") if card.is_file() else None
+    if found is None:
+        return None
+    try:
+        rows = {kind: [[float(value) for value in row] for row in found[kind]] for kind in ("first", "later")}
+        proper = all(0 <= p <= 1 and 0 <= rate <= 1 and n >= 0 for kind in rows.values() for p, rate, n in kind)
+    except (TypeError, ValueError, KeyError):
+        proper = False
+    if not proper:
+        raise CheckpointError(
+            f"{card}: the calibration of the draft's decoding must have rows of a probability, a rate and a number "
+            "under 'first' and 'later'; take it out, and acceptance is learnt while decoding"
+        )
+    return rows
+
+
 def save_draft(
     folder: Path,
     draft: DraftModel,

@@ -126,20 +126,16 @@ def decode(
     Args:
         on_logits: called with the logits `[V]` that the next token is chosen by.
     """
-    settings, recorder = request.settings, request.recorder
+    recorder = request.recorder
     step = begin(target, request, all_logits=on_logits is not None)
-    if settings.takes_best and on_logits is None:
+    if request.settings.takes_best and on_logits is None:
         expect_choices(target)
-    generator = torch.Generator(step.logits.device).manual_seed(settings.seed)
+    generator = torch.Generator(step.logits.device).manual_seed(request.settings.seed)
     while True:
         if on_logits is not None:
             on_logits(step.logits[-1])
         with recorder.time("sampling"):
-            if step.choices is not None and settings.temperature == 0:
-                token = int(step.choices[-1])
-            else:
-                occurred = torch.tensor(request.tokens) if settings.repetition_penalty != 1 else None
-                token = choose(step.logits[-1], occurred, settings, generator)
+            token = next_token(step, request, generator)
         request.take([token])
         yield [token]
         if request.finish_reason is not None:
@@ -162,6 +158,15 @@ def begin(target: Target, request: Request, *, all_logits: bool = False) -> Step
         step = prefill(target, torch.tensor(request.prompt_ids))
         check_finite(step)
     return step
+
+
+def next_token(step: Step, request: Request, generator: torch.Generator) -> int:
+    """The token behind the last one of a step, which runs behind the request's others."""
+    settings = request.settings
+    if step.choices is not None and settings.temperature == 0:
+        return int(step.choices[-1])
+    occurred = torch.tensor(request.tokens) if settings.repetition_penalty != 1 else None
+    return choose(step.logits[-1], occurred, settings, generator)
 
 
 def check_finite(step: Step) -> None:

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from blockffn.checkpoints.draft import load_draft
+from blockffn.checkpoints.draft import load_draft, read_calibration
 from blockffn.checkpoints.files import open_tensors
 from blockffn.checkpoints.layouts import is_draft
 from blockffn.checkpoints.load import load, model_folder
@@ -85,12 +85,14 @@ def make_speculation(
     if not isinstance(drafter, NgramDrafter):
         tree_cost = calibrate_drafter(target, drafter, most)
         chain_cost = calibrate_drafter(target, drafter, replace(most, chain=True))
+    is_folder = isinstance(draft, (str, Path)) and draft != "ngram"
     shaper = CostAwareShaper(
         calibrate(target, seconds=3.0),
         num_experts=max(sparse_layers * config.num_experts, 1),
         clock=time.perf_counter,
         tree=tree_cost,
         chain=chain_cost,
+        calibration=read_calibration(Path(draft)) if is_folder else None,
     )
     return Speculation(drafter, shaper, most)
 

@@ -37,6 +37,35 @@ def test_a_draft_that_is_too_sure_of_itself_is_corrected_by_depth() -> None:
     assert estimate.probability(0.1, 1) == pytest.approx(0.1)  # other bins are untouched
 
 
+def test_later_siblings_teach_nothing_of_first_ones_that_are_as_probable() -> None:
+    tree = DraftTree(torch.tensor([1, 2]), torch.tensor([-1, -1]), torch.tensor([0.25, 0.25]).log())
+    estimate = AcceptanceEstimate()
+    for _ in range(400):
+        estimate.observe(tree, Verdict([0], 0))
+    assert estimate.probability(0.25, 1, 0) > 0.9
+    assert estimate.probability(0.25, 1, 1) < 0.05
+
+
+def test_what_was_measured_comes_back_as_the_first_assumption() -> None:
+    measured, tree = AcceptanceEstimate(forget=1.0), chain([1, 2], [math.log(0.25), math.log(0.25)])
+    for number in range(1000):
+        measured.observe(tree, Verdict([0, 1] if number % 5 else [], 0))
+    calibration = measured.calibration()
+    assert calibration == {"first": [[0.25, 0.8889, 1800]], "later": []}
+    assert AcceptanceEstimate(calibration).probability(0.25, 1) == pytest.approx(0.8889, rel=0.01)
+    assert AcceptanceEstimate(calibration).probability(0.25, 1, 1) == pytest.approx(0.25)
+
+
+def test_what_is_forgotten_does_not_depend_on_when_sums_are_rescaled() -> None:
+    tree = chain([1], [math.log(0.4)])
+    estimate = AcceptanceEstimate(forget=0.9)
+    for number in range(1000):
+        estimate.observe(tree, Verdict([0] if number < 900 else [], 0))
+    # Ten rounds of 0.4 are remembered, beside four acceptances assumed; of the depth the same once more.
+    factor = 4 / (4 + 0.4 * 10)
+    assert estimate.probability(0.4, 1) == pytest.approx(0.4 * factor * 4 / (4 + factor * 0.4 * 10), rel=0.01)
+
+
 def random_tree(rng: random.Random) -> DraftTree:
     size = rng.randrange(1, 20)
     parents = [rng.randrange(-1, node) for node in range(size)]

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from blockffn.inference.decode import Generation, GenerationSettings, OnToken, Request, begin
+from blockffn.inference.decode import Generation, GenerationSettings, OnToken, Request, begin, next_token
 from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.growth import Budget
 from blockffn.inference.speculative.statistics import SpeculationStatistics
@@ -80,31 +80,36 @@ def speculate(target: Target, speculation: Speculation, request: Request) -> Ite
     """Continue a request to its end; gives its new tokens in blocks, one a round, as they come."""
     drafter, shaper, recorder = speculation.drafter, speculation.shaper, request.recorder
     counts = recorder.speculation = SpeculationStatistics()
-    context = torch.tensor(request.tokens)
-    drafter.start(context)
+    context = _Context(request.tokens)
+    drafter.start(context.tensor())
     if shaper is not None:
-        shaper.start(len(context))
+        shaper.start(len(request.tokens))
     step = begin(target, request)
     generator = torch.Generator(step.logits.device).manual_seed(request.settings.seed)
     with recorder.time("sampling"):
-        drafter.observe(context, step.hidden)
-        verdict = verify(no_tree(), step.logits[-1:], request.settings, context=context, generator=generator)
-        request.take([verdict.bonus])
-    context = torch.tensor(request.tokens)
-    yield [verdict.bonus]
+        drafter.observe(context.tensor(), step.hidden)
+        token = next_token(step, request, generator)
+        request.take([token])
+    yield [token]
     while request.finish_reason is None:
         with recorder.time("draft"):
-            most = _budget(target, speculation, request)
-            tree = drafter.propose(context, most if shaper is None else shaper.budget(most))
+            budget = _budget(target, speculation, request)
+            if shaper is not None:
+                budget = shaper.budget(budget)
+            tree = drafter.propose(context.tensor(), budget) if budget.nodes and budget.depth else no_tree()
             if shaper is not None and len(tree):
                 tree = shaper.shape(tree)
         tokens, parents = tree.behind(request.tokens[-1])
         with recorder.time("decode"):
             step = target.extend(tokens, parents)
         with recorder.time("sampling"):
-            verdict = verify(
-                tree, step.logits, request.settings, context=context, generator=generator, choices=step.choices
-            )
+            if len(tree):
+                verdict = verify(
+                    tree, step.logits, request.settings, context=context.tensor(), generator=generator,
+                    choices=step.choices,
+                )  # fmt: skip
+            else:
+                verdict = Verdict([], next_token(step, request, generator))
             block = [*(tree.token_list[node] for node in verdict.path), verdict.bonus]
             taken = request.take(block)
             kept = [0, *(node + 1 for node in verdict.path)][:taken]
@@ -114,12 +119,26 @@ def speculate(target: Target, speculation: Speculation, request: Request) -> Ite
                 shaper.observe(tree, verdict, step)
         recorder.add(step)
         counts.count(tree, verdict)
-        context = torch.cat((context, torch.tensor(block[:taken])))
         yield block[:taken]
+
+
+class _Context:
+    """The tokens of a request, as they grow, as a tensor that is made when it is asked for."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens, self._tensor = tokens, torch.tensor(tokens)
+
+    def tensor(self) -> Tensor:
+        known = len(self._tensor)
+        if known < len(self._tokens):
+            self._tensor = torch.cat((self._tensor, torch.tensor(self._tokens[known:])))
+        return self._tensor
 
 
 def _rows(values: Tensor, kept: list[int]) -> Tensor:
     """The rows of these numbers; a view where they are the first ones, as in a chain."""
+    if len(kept) == len(values):
+        return values
     if kept[-1] == len(kept) - 1:
         return values[: len(kept)]
     return values[torch.tensor(kept, device=values.device)]

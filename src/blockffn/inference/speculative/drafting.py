@@ -64,6 +64,7 @@ class WayOfDrafting:
     Attributes:
         times: of a proposal, its levels, nodes whose children are drafted, and tokens of the text that the draft had
             not read yet, as whenever nothing was drafted for long.
+        usual: steps that seem to pay.
         shaping: milliseconds of the last choice of nodes, which is as dear as what was drafted is large.
     """
 
@@ -76,12 +77,8 @@ class WayOfDrafting:
         )
         self._worth = [HOPE] * len(STEPS)  # tokens that each step brought lately, less what its time is worth
         self._seen = [FEWEST_ROUNDS] * len(STEPS)
-
-    @property
-    def usual(self) -> int:
-        """Steps that seem to pay."""
-        totals = [LEAST_WORTH if self.chain else 0.0, *itertools.accumulate(self._worth)]
-        return max(range(len(totals)), key=lambda steps: totals[steps])
+        self._passed = 0  # rounds since the last that taught something
+        self.usual = self._best_steps()
 
     def worth(self, start: int, end: int) -> float:
         """What is expected of some steps."""
@@ -89,7 +86,8 @@ class WayOfDrafting:
 
     def forget(self) -> None:
         """A round passes."""
-        self._seen = [max(FORGET_WORTH * seen, FEWEST_ROUNDS) for seen in self._seen]
+        self._passed += 1
+        self.times.forget()
 
     def backlog(self, tokens: int) -> float:
         """Milliseconds of reading so many tokens."""
@@ -102,6 +100,8 @@ class WayOfDrafting:
             brought: what the nodes of each step are worth in tokens. rate: tokens per millisecond of the text.
             read: tokens that a draft reads in a round, where it drafts in every one.
         """
+        kept, self._passed = FORGET_WORTH**self._passed, 0
+        self._seen = [max(kept * seen, FEWEST_ROUNDS) for seen in self._seen]
         before, worths = 0.0, []
         for step in range(steps):
             spent = self.times.milliseconds((*drafted.quantities(STEPS[step]), read))
@@ -109,7 +109,12 @@ class WayOfDrafting:
             before = spent
             self._seen[step] += 1
             self._worth[step] += (worths[step] - self._worth[step]) / self._seen[step]
+        self.usual = self._best_steps()
         return worths
+
+    def _best_steps(self) -> int:
+        totals = [LEAST_WORTH if self.chain else 0.0, *itertools.accumulate(self._worth)]
+        return totals.index(max(totals))
 
 
 def first_choices(tree: DraftTree) -> list[int]:

@@ -17,6 +17,8 @@ from blockffn.inference.speculative.tree import ROOT, DraftTree
 from blockffn.inference.speculative.verify import Verdict
 
 BIN_EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92)
+NUM_BINS = 2 * (len(BIN_EDGES) + 1)  # of first siblings, then of later ones
+PRIOR = 4.0  # acceptances that an assumption counts as
 MAX_DEPTH = 8  # deeper levels count as this one
 UNION_DEPTH = 3  # the same for what a node brings
 FORGET_ACCEPTANCE = 0.995
@@ -25,35 +27,47 @@ FORGET_TIME = 0.99
 TIME_NOISE, OUTLIER = 0.2, 3.0  # standard deviation of a time; more than this is cut; both as shares of the expected
 POOLS = (0.2, 0.3, 0.4, 0.55, 0.75, 1.0)  # sizes, as shares of all experts
 
+Calibration = dict[str, list[list[float]]]
+"""How often a draft's tokens were accepted: of `first` and of `later` siblings rows of the draft's mean probability,
+the rate accepted, and how many were offered, by rising probability."""
+
 
 class AcceptanceEstimate:
     """Probability that a node is accepted where its parent was, from the draft's probability of it and its depth.
 
     The draft's probability is multiplied by a factor, so that its order stays: accepted over hoped for, where hope is
-    the sum of the draft's probabilities. Factors are kept by bin of probability and by depth; a depth starts from its
-    bin's factor over all depths. What was assumed before counts as `prior` acceptances.
+    the sum of the draft's probabilities. Factors are kept by bin of probability, apart for first and for later
+    siblings, and by depth; a depth starts from its bin's factor over all depths. What was assumed before counts as
+    `PRIOR` acceptances.
+
+    Args:
+        calibration: assumed before, as `calibration` gives it; `None`: that the draft is right as often as it says.
+        forget: what a round leaves of what was known.
     """
 
-    def __init__(self, *, prior: float = 4.0) -> None:
-        self._prior = prior
-        # By depth and bin, row 0 for all depths together: sums of the draft's probabilities, and acceptances.
-        self._hoped = [[0.0] * (len(BIN_EDGES) + 1) for _ in range(MAX_DEPTH + 1)]
-        self._accepted = [[0.0] * (len(BIN_EDGES) + 1) for _ in range(MAX_DEPTH + 1)]
-        self._passed = 0  # rounds that nothing has been forgotten for yet
+    def __init__(self, calibration: Calibration | None = None, *, forget: float = FORGET_ACCEPTANCE) -> None:
+        self._assumed = _factors(calibration)
+        # By depth and bin, row 0 for all depths together: sums of the draft's probabilities, acceptances, tokens.
+        self._hoped, self._accepted, self._offered = (
+            [[0.0] * NUM_BINS for _ in range(MAX_DEPTH + 1)] for _ in range(3)
+        )
+        # What is new is weighed more and more instead of what is old less and less: nothing is to be done for a round.
+        self._growth, self._weight = 1 / forget, 1.0
 
-    def probability(self, draft_probability: float, depth: int) -> float:
-        bin_ = bisect.bisect(BIN_EDGES, draft_probability)
-        probability, factor = draft_probability, 1.0
-        for level in (0, min(depth, MAX_DEPTH)):
-            hoped = self._prior + factor * self._hoped[level][bin_]
-            correction = (self._prior + self._accepted[level][bin_]) / hoped
-            probability, factor = min(probability * correction, 1.0), factor * correction
-        return probability
+    def probability(self, draft_probability: float, depth: int, rank: int = 0) -> float:
+        bin_ = _bin(draft_probability, rank)
+        prior = PRIOR * self._weight
+        factor = self._assumed[bin_]
+        for level in (0, depth if depth < MAX_DEPTH else MAX_DEPTH):
+            factor *= (prior + self._accepted[level][bin_]) / (prior + factor * self._hoped[level][bin_])
+        return min(draft_probability * factor, 1.0)
 
     def reach(self, tree: DraftTree) -> list[float]:
         """Probability of each node that its whole path is accepted. Siblings exclude each other: they share one."""
-        self._forget()
-        own = [self.probability(math.exp(q), d) for q, d in zip(tree.log_prob_list, tree.depths)]
+        own = [
+            self.probability(math.exp(log_prob), depth, rank)
+            for log_prob, depth, rank in zip(tree.log_prob_list, tree.depths, tree.ranks)
+        ]
         totals: dict[int, float] = {}
         for node, parent in enumerate(tree.parent_list):
             totals[parent] = totals.get(parent, 0.0) + own[node]
@@ -64,26 +78,48 @@ class AcceptanceEstimate:
 
     def observe(self, tree: DraftTree, verdict: Verdict) -> None:
         """Learn from the children of every accepted node, and of the root."""
-        self._passed += 1
-        if not len(tree):
-            return
-        self._forget()
-        probabilities, depths = [math.exp(q) for q in tree.log_prob_list], tree.depths
+        self._weight *= self._growth
+        if self._weight > 1e6:
+            self._rescale()
         on_path = {ROOT, *verdict.path}
+        log_probs, depths, ranks = tree.log_prob_list, tree.depths, tree.ranks
         for node, parent in enumerate(tree.parent_list):
             if parent in on_path:
-                bin_ = bisect.bisect(BIN_EDGES, probabilities[node])
+                probability = math.exp(log_probs[node])
+                bin_ = _bin(probability, ranks[node])
                 for level in (0, min(depths[node], MAX_DEPTH)):
-                    self._hoped[level][bin_] += probabilities[node]
-                    self._accepted[level][bin_] += node in on_path
+                    self._hoped[level][bin_] += self._weight * probability
+                    self._accepted[level][bin_] += self._weight * (node in on_path)
+                    self._offered[level][bin_] += self._weight
 
-    def _forget(self) -> None:
-        """What the rounds since the last call leave of what was known."""
-        if not self._passed:
-            return
-        kept, self._passed = FORGET_ACCEPTANCE**self._passed, 0
-        for table in (self._hoped, self._accepted):
-            table[:] = [[kept * value for value in row] for row in table]
+    def calibration(self) -> Calibration:
+        """What was seen, over all depths."""
+        rows: Calibration = {"first": [], "later": []}
+        for bin_, offered in enumerate(self._offered[0]):
+            if offered:
+                sums = self._hoped[0][bin_], self._accepted[0][bin_]
+                row = [*(round(value / offered, 4) for value in sums), round(offered / self._weight)]
+                rows["later" if bin_ > len(BIN_EDGES) else "first"].append(row)
+        return rows
+
+    def _rescale(self) -> None:
+        for table in (self._hoped, self._accepted, self._offered):
+            table[:] = [[value / self._weight for value in row] for row in table]
+        self._weight = 1.0
+
+
+def _bin(probability: float, rank: int) -> int:
+    return bisect.bisect(BIN_EDGES, probability) + (NUM_BINS // 2 if rank else 0)
+
+
+def _factors(calibration: Calibration | None) -> list[float]:
+    """By bin, accepted over hoped for; 1 where little was seen."""
+    hoped, accepted = [PRIOR] * NUM_BINS, [PRIOR] * NUM_BINS
+    for rank, kind in enumerate(("first", "later")):
+        for probability, rate, offered in (calibration or {}).get(kind, ()):
+            hoped[_bin(probability, rank)] += offered * probability
+            accepted[_bin(probability, rank)] += offered * rate
+    return [a / h for a, h in zip(accepted, hoped)]
 
 
 class UnionEstimate:

@@ -13,17 +13,31 @@ import torch
 
 from blockffn.inference.speculative.cost import CostModel, DraftingCost, union_and_pairs
 from blockffn.inference.speculative.drafting import STEPS, Drafted, WayOfDrafting, first_choices
-from blockffn.inference.speculative.estimates import AcceptanceEstimate, TimeEstimate, UnionEstimate
+from blockffn.inference.speculative.estimates import (
+    OUTLIER,
+    AcceptanceEstimate,
+    Calibration,
+    TimeEstimate,
+    UnionEstimate,
+)
 from blockffn.inference.speculative.growth import Budget
 from blockffn.inference.speculative.tree import ROOT, DraftTree
 from blockffn.inference.speculative.verify import Verdict
 from blockffn.inference.target import Step
 
 FORGET_RATE, FIRST_ROUNDS = 0.99, 2  # plain ones, from which the rate starts
+# Plain rounds that are tried in a row, and those before one is measured: the first is slow,
+# presumably because the draft has taken the target's place in the caches.
+PLAIN_TRY, COLD = 3, 1
+CLEAR_GAIN = 1.25  # over plain decoding: where drafts bring more, plain rounds are not tried
+# Of plain rounds, which are alike, one of so many is measured: learning takes a good part of a small model's step.
+PLAIN_APART, FEWEST_PLAIN = 16, 8  # the time of a plain round is a mean of so many
 HOPELESS = 0.25  # of the rate: what a node must promise per millisecond for growth to go on
 EXPLORE, MOST_CREDIT = 0.0125, 0.5  # of the time; of a round's
 FURTHER, WIDER = (1, 2, 4), 2  # steps more, in turn; times as many nodes
-OTHER_WAY = 0  # in place of more steps: drafting without branches instead of with, or the other way round
+# In place of more steps: drafting without branches instead of with, or the other way round; a plain round.
+OTHER_WAY, NO_DRAFTS = 0, -1
+NOTHING = Budget(nodes=0, depth=0)
 FORGET_LEAD, FEWEST_TREES = 0.97, 4.0  # as for what a step is worth; of trees that were compared with their chains
 
 
@@ -37,13 +51,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Prices:
-    """What `choose_nodes` needs to know of the target: the cost model, the union, and experts of a token."""
+    """What `choose_nodes` needs to know of the target: the cost model, the union, and what any drafts cost at all."""
 
     cost: CostModel
     union: UnionEstimate
+    drafts: float = 0.0
 
     def milliseconds(self, tokens: int, log_used: float) -> float:
-        return self.cost.milliseconds(tokens, self.union.union(log_used), tokens * self.union.active)
+        spent = self.cost.milliseconds(tokens, self.union.union(log_used), tokens * self.union.active)
+        return spent + self.drafts if tokens > 1 else spent
 
 
 def choose_nodes(
@@ -106,6 +122,7 @@ class CostAwareShaper:
         clock: seconds; what drafting and verifying cost is learnt by it. `None`: costs are as given.
         tree: what drafting a tree costs, from `calibrate_drafter`; nothing for n-grams.
         chain: the same of a chain; `None`: chains are not drafted, as where a tree costs no more.
+        calibration: how often the draft's tokens were accepted before; `None`: not known.
 
     Draft large trees: a shaper can only cut.
     """
@@ -119,17 +136,20 @@ class CostAwareShaper:
         clock: Callable[[], float] | None = None,
         tree: DraftingCost | None = None,
         chain: DraftingCost | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         if num_experts < 1:
             raise ValueError(f"num_experts counts those of all layers, 1 for a dense model; got {num_experts}")
-        self.acceptance = AcceptanceEstimate()
+        self.acceptance = AcceptanceEstimate(calibration)
         self._cost, self._clock = cost, clock
         self._union = UnionEstimate(num_experts, share=1.0 if num_experts == 1 else 0.15)
         plain = overhead + cost.milliseconds(1, self._union.active, self._union.active)
         self._tree = WayOfDrafting(tree or DraftingCost(), chain=False, plain=plain)
         self._chain = None if chain is None else WayOfDrafting(chain, chain=True, plain=plain)
+        self._ways = [self._tree] if self._chain is None else [self._tree, self._chain]
         # Of a round, its tokens, and the cost model's milliseconds.
         self._verifying = TimeEstimate((overhead, 0.0, 1.0), doubts=(plain / 2, plain / 16, 0.25))
+        self._plain_time, self._plain_measured = plain, 0  # milliseconds of a plain round; how many were measured
         self._tokens, self._milliseconds = float(FIRST_ROUNDS), FIRST_ROUNDS * plain
         self._lead, self._compared = 0.0, FEWEST_TREES  # tokens that trees brought more than their chains
         self._credit, self._explored = -plain, 0  # milliseconds, rounds
@@ -139,14 +159,15 @@ class CostAwareShaper:
         self._hopes: dict[int, float] = {}  # nodes that are verified to explore, with the hope of each
         self._drafted: tuple[int, ...] | None = None  # quantities of the way's `times`
         self._unread, self._own = 0, 1  # tokens since the last proposal, and of the last round
-        self._undrafted, self._verified = 0, (1.0, 1.0, plain)  # rounds; of the last that was measured, as `_verifying`
+        self._resting = PLAIN_TRY  # plain rounds to come, whatever seems to pay
+        self._plain_rounds = 0  # in a row
+        self._verified = (1.0, 1.0, plain)  # of the last that was measured, as `_verifying`
         self._begun = self._late = 0.0  # milliseconds: a time; of the last `observe`
 
     @property
     def rate(self) -> float:
         """Tokens per millisecond of the recent rounds, without what exploring took; of plain decoding at least."""
-        active = self._union.active
-        return max(self._tokens / self._milliseconds, 1 / self._current_cost().milliseconds(1, active, active))
+        return max(self._tokens / self._milliseconds, 1 / self._plain())
 
     def start(self, tokens: int) -> None:
         """A text of so many tokens begins, which a draft has to read."""
@@ -156,15 +177,15 @@ class CostAwareShaper:
         """What to draft: the steps that lately brought more than they cost, and more where this round explores."""
         self._begun, self._drafted = self._now(), None
         self._lost, self._hopes = 0.0, {}
-        for way in self._ways:
-            way.forget()
-        self._compared = max(FORGET_LEAD * self._compared, FEWEST_TREES)
         self._way = self._usual_way()
         self._taken, self._is_other, self._explores = self._way.usual, False, self._credit > 0
-        if self._explores:
+        if self._explores and not self._resting:
             self._explore()
+        if self._resting:
+            self._resting -= 1
+            self._taken, self._lost = 0, max(self._plain() - 1 / self.rate, 0.0)
         if not self._taken:
-            return replace(most, nodes=0)
+            return NOTHING
         return replace(most, least=STEPS[self._taken - 1], chain=self._way.chain)
 
     def shape(self, tree: DraftTree) -> DraftTree:
@@ -173,7 +194,7 @@ class CostAwareShaper:
         drafted = Drafted(tree)
         self._learn_drafting(drafted, began - self._begun + self._way.shaping)
         reach, brings, rate = self.acceptance.reach(tree), self._union.brings(tree), self.rate
-        prices = Prices(self._current_cost(), self._union)
+        prices = Prices(self._current_cost(), self._union, max(self._calculated_plain() - self._plain(), 0.0))
 
         def net_of(among: Collection[int] | None = None) -> dict[int, float]:
             """What each node that pays is worth, in tokens."""
@@ -202,38 +223,53 @@ class CostAwareShaper:
 
     def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None:
         """Learn from a verification of root and tree."""
-        now = self._now()
-        # One round of four will do where nothing was drafted: they are alike, and learning takes its time.
-        self._undrafted = self._undrafted + 1 if self._drafted is None and not len(tree) else 0
-        learns = self._undrafted % 4 == 0
-        for estimate in (self._verifying, *(way.times for way in self._ways)):
-            estimate.forget()
-        if learns:
-            union, pairs = union_and_pairs(step)
-            self._verified = (1, len(tree) + 1, self._cost.milliseconds(len(tree) + 1, union, pairs))
-            if self._clock is not None:
-                self._verifying.observe(self._verified, now - self._begun + self._late)
-        spent = self._verifying.milliseconds(self._verified)
+        now, own = self._now(), len(verdict.path) + 1
+        self._forget()
+        drafts = self._drafted is not None or len(tree) > 0
+        self._plain_rounds = 0 if drafts else self._plain_rounds + 1
+        if drafts or COLD < self._plain_rounds <= PLAIN_TRY or self._plain_rounds % PLAIN_APART == 0:
+            self._learn_verifying(tree, verdict, step, now - self._begun + self._late)
+            spent = self._verifying.milliseconds(self._verified)
+        else:
+            spent = self._plain()
         if self._drafted is not None:
             spent += self._way.times.milliseconds(self._drafted)
-        luck = sum((node in verdict.path) - hope for node, hope in self._hopes.items())
-        self._credit = min(self._credit + EXPLORE * spent - self._lost + luck / self.rate, MOST_CREDIT * spent)
-        self._tokens = FORGET_RATE * self._tokens + len(verdict.path) + 1
+        gained = EXPLORE * spent - self._lost
+        if self._hopes:
+            luck = sum((node in verdict.path) - hope for node, hope in self._hopes.items())
+            gained += luck / self.rate
+        self._credit = min(self._credit + gained, MOST_CREDIT * spent)
+        self._tokens = FORGET_RATE * self._tokens + own
         self._milliseconds = FORGET_RATE * self._milliseconds + max(spent - self._lost, 0.0)
-        self._own = len(verdict.path) + 1
-        self._unread += self._own
+        self._own = own
+        self._unread += own
         self.acceptance.observe(tree, verdict)
-        if learns and step.active is not None:
-            last = verdict.path[-1] + 1 if verdict.path else 0
-            self._union.observe(tree, union=union, active=step.active.sum(dim=0).tolist(), last=last)
         self._late = self._now() - now
+
+    def _forget(self) -> None:
+        """A round passes."""
+        self._verifying.forget()
+        for way in self._ways:
+            way.forget()
+        self._compared = max(FORGET_LEAD * self._compared, FEWEST_TREES)
+
+    def _learn_verifying(self, tree: DraftTree, verdict: Verdict, step: Step, milliseconds: float) -> None:
+        union, pairs = union_and_pairs(step)
+        cost = self._cost.milliseconds(len(tree) + 1, union, pairs)
+        self._verified = (1.0, len(tree) + 1.0, cost)
+        if self._clock is not None:
+            self._verifying.observe(self._verified, milliseconds)
+            if self._plain_rounds:
+                self._plain_measured += 1
+                missed = min(milliseconds, OUTLIER * self._plain_time) - self._plain_time
+                self._plain_time += missed / min(self._plain_measured, FEWEST_PLAIN)
+        if step.active is None:
+            return
+        last = verdict.path[-1] + 1 if verdict.path else 0
+        self._union.observe(tree, union=union, active=step.active.sum(dim=0).tolist(), last=last)
 
     def _now(self) -> float:
         return 1000 * self._clock() if self._clock is not None else 0.0
-
-    @property
-    def _ways(self) -> list[WayOfDrafting]:
-        return [self._tree] if self._chain is None else [self._tree, self._chain]
 
     def _usual_way(self) -> WayOfDrafting:
         """With branches where trees bring more than their chains; the other way where so nothing pays."""
@@ -241,17 +277,30 @@ class CostAwareShaper:
         return next((way for way in ways if way.usual), ways[0])
 
     def _explore(self) -> None:
-        """Draft further, or the other way."""
+        """Draft further, or the other way, or not at all."""
         self._explored += 1
-        in_turn = list(FURTHER)
-        if self._chain is not None:  # seldom the other way where nothing pays
-            in_turn = [step for more in in_turn for step in (more, OTHER_WAY)] if self._taken else [*in_turn, OTHER_WAY]
+        if not self._taken:  # seldom the other way where nothing pays
+            in_turn: tuple[int, ...] = FURTHER if self._chain is None else (*FURTHER, OTHER_WAY)
+        else:
+            in_turn = FURTHER if self._chain is None else tuple(step for more in FURTHER for step in (more, OTHER_WAY))
+            if self.rate * self._plain() < CLEAR_GAIN:
+                in_turn = (*in_turn, NO_DRAFTS)
         further = in_turn[self._explored % len(in_turn)]
-        if further == OTHER_WAY:
+        if further == NO_DRAFTS:
+            self._resting = PLAIN_TRY
+        elif further == OTHER_WAY:
             self._way = next(way for way in self._ways if way is not self._way)
             self._taken, self._is_other = max(self._way.usual, 1), True
         else:
             self._taken = min(self._way.usual + further, len(STEPS))
+
+    def _plain(self) -> float:
+        """Milliseconds of a round without drafts: as measured, for in a row they are faster than a fit to all says."""
+        return self._plain_time if self._plain_measured else self._calculated_plain()
+
+    def _calculated_plain(self) -> float:
+        active = self._union.active
+        return self._current_cost().milliseconds(1, active, active)
 
     def _current_cost(self) -> CostModel:
         every, token, factor = self._verifying.prices

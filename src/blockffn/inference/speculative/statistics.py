@@ -33,6 +33,8 @@ class SpeculationStatistics:
         """Add one verification."""
         self.verifications += 1
         self.verified_tokens += len(verdict.path) + 1
+        if not len(tree):
+            return
         self.nodes += len(tree)
         self.largest_tree = max(self.largest_tree, len(tree))
         offered = set(tree.parent_list)

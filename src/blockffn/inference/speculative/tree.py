@@ -126,7 +126,7 @@ class DraftTree:
 
         Parents are `None` for a chain, which costs a target less.
         """
-        tokens = torch.cat((torch.tensor([root], dtype=torch.int64), self.tokens))
+        tokens = torch.tensor([root, *self.token_list])
         if self.parent_list == list(range(-1, len(self) - 1)):
             return tokens, None
         return tokens, torch.cat((torch.tensor([ROOT]), self.parents + 1))
@@ -141,6 +141,9 @@ class DraftTree:
         if self.distributions is not None:
             raise ValueError("a tree drawn at random cannot be cut: draw a smaller one")
         nodes = nodes.sort().values
+        kept = len(nodes)
+        if nodes.tolist() == list(range(kept)):
+            return DraftTree(self.tokens[:kept], self.parents[:kept], self.log_probs[:kept])
         place = {ROOT: ROOT} | {node: i for i, node in enumerate(nodes.tolist())}
         parents = self.parents[nodes].tolist()
         missing = [parent for parent in parents if parent not in place]
@@ -161,7 +164,7 @@ def chain(tokens: Sequence[int] | Tensor, log_probs: Sequence[float] | Tensor | 
     tokens = torch.as_tensor(tokens, dtype=torch.int64)
     if log_probs is None:
         log_probs = torch.zeros(len(tokens))
-    return DraftTree(tokens, torch.arange(len(tokens)) - 1, torch.as_tensor(log_probs, dtype=torch.float32))
+    return DraftTree(tokens, torch.arange(-1, len(tokens) - 1), torch.as_tensor(log_probs, dtype=torch.float32))
 
 
 @cache
