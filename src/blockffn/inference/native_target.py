@@ -62,7 +62,7 @@ class NativeTarget:
         self.vocab_size = model.config.vocab_size
         self.bits_per_weight = self.weights.bits_per_weight
         self.times = False
-        self._dtype, self._hidden_size = dtype, model.config.hidden_size
+        self._hidden_size = model.config.hidden_size
         self._padded_vocab = -(-self.vocab_size // 32) * 32
         self._seconds = torch.zeros(len(native.PARTS), dtype=torch.float64)
         self._model = self.weights.description
@@ -135,8 +135,9 @@ class NativeTarget:
         if self._pending is None:
             raise ValueError("nothing to commit: extend first")
         self._pending.check_path(kept)
-        source = (self._length + kept).contiguous()
-        native.function("move_positions")(self._model, source.data_ptr(), len(source), self._length)
+        if kept.tolist() != list(range(len(kept))):  # else they lie where they belong
+            source = (self._length + kept).contiguous()
+            native.function("move_positions")(self._model, source.data_ptr(), len(source), self._length)
         self._length += len(kept)
         self._pending = None
 
@@ -148,7 +149,7 @@ class NativeTarget:
         hidden = torch.empty(count, self._hidden_size)
         logits = torch.empty(num_logits, self._padded_vocab)
         pieces, shares = [], []
-        strips = torch.zeros(1, dtype=torch.int64)
+        strips = ctypes.c_int64()
         choices = torch.empty(num_logits, dtype=torch.int64) if self._chooses else None
         for begin in range(0, count, native.MAX_STEP):
             size = min(native.MAX_STEP, count - begin)
@@ -168,7 +169,7 @@ class NativeTarget:
                 logits=logits.data_ptr() + 4 * first_logit * self._padded_vocab,
                 num_exact=num_exact,
                 choices=None if choices is None else choices.data_ptr() + 8 * first_logit,
-                num_strips=strips.data_ptr(),
+                num_strips=ctypes.addressof(strips),
                 num_union=union.data_ptr(),
                 num_active=active.data_ptr(),
                 is_active=None if marks is None else marks.data_ptr(),
@@ -180,10 +181,10 @@ class NativeTarget:
                     f"tokens must lie between 0 and {self.vocab_size - 1}, got {tokens.min()} … {tokens.max()}"
                 )
             pieces.append((union, active, marks))
-            shares.append(int(strips) * 32 / self._padded_vocab)
+            shares.append(strips.value * 32 / self._padded_vocab)
         head_share = None if self._screening is None else sum(shares) / len(shares)
         counts = self._counts(pieces)
-        return Step(logits[:, : self.vocab_size], hidden.to(self._dtype), *counts, head_share, choices)
+        return Step(logits[:, : self.vocab_size], hidden, *counts, head_share, choices)
 
     def _counts(self, pieces: list[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Tensor | None, Tensor | None]:
         """`union` and `active` of a `Step`."""

@@ -63,7 +63,8 @@ class Step:
 
     Attributes:
         logits: `[T, V]` float32.
-        hidden: `[T, D]`, final hidden states after the last norm: what the head's input is made of.
+        hidden: `[T, D]`, final hidden states after the last norm: what the head's input is made of; in float32 or the
+            dtype of the model.
         union: `[L]` int64, experts that the tokens activate together, per layer with experts; `None` for dense models.
         active: `[L, T]` int64, experts active per token; `None` for dense models.
         choices: `[T]` int64, the first token with the largest logit behind each, where the target was asked for the

@@ -164,7 +164,13 @@ def chain(tokens: Sequence[int] | Tensor, log_probs: Sequence[float] | Tensor | 
     tokens = torch.as_tensor(tokens, dtype=torch.int64)
     if log_probs is None:
         log_probs = torch.zeros(len(tokens))
-    return DraftTree(tokens, torch.arange(-1, len(tokens) - 1), torch.as_tensor(log_probs, dtype=torch.float32))
+    return DraftTree(tokens, chain_parents(len(tokens)), torch.as_tensor(log_probs, dtype=torch.float32))
+
+
+@cache
+def chain_parents(count: int) -> Tensor:
+    """Parents `[count]` of a chain: the root, then each node of the next."""
+    return torch.arange(-1, count - 1)
 
 
 @cache
