@@ -214,8 +214,8 @@ def cost_aware(regime: Regime, rounds: list[Round], guessed: CostModel) -> dict[
     shaper = CostAwareShaper(guessed, num_experts=regime.num_experts)
     results = []
     for round_ in rounds:
-        shaper.budget(Budget(POOL, DEPTH))
-        nodes = shaper.shape(round_.tree).tokens.tolist()  # a node's token is its index
+        drafts = shaper.budget(Budget(POOL, DEPTH)).nodes > 0
+        nodes = shaper.shape(round_.tree).tokens.tolist() if drafts else []  # a node's token is its index
         expected, path = outcome(round_, nodes)
         spent, union, active = milliseconds(regime, round_, nodes)
         results.append((expected, spent, len(nodes)))

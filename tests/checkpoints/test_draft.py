@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -121,11 +122,15 @@ def test_the_calibration_of_a_draft_is_read_from_its_card_where_it_has_one(tmp_p
     assert read_calibration(tmp_path) == rows
 
 
-@pytest.mark.parametrize(
-    "calibration", [[], {"first": []}, {"first": [[0.5, 2, 1]], "later": []}, {"first": 3, "later": []}]
-)
-def test_a_calibration_that_makes_no_sense_is_refused(tmp_path: Path, calibration: object) -> None:
+@pytest.mark.parametrize("decoding", [
+    [1], *({"calibration": calibration} for calibration in (
+        [], {"first": []}, {"first": [[0.5, 2, 1]], "later": []}, {"first": 3, "later": []},
+        {"first": [[0.5, 0.5]], "later": []}, {"first": [], "later": [[0.5, 0.5, math.inf]]},
+        {"first": [[math.nan, 0.5, 1]], "later": []},
+    )),
+])  # fmt: skip
+def test_a_calibration_that_makes_no_sense_is_refused(tmp_path: Path, decoding: object) -> None:
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "draft.json").write_text(json.dumps({"decoding": {"calibration": calibration}}))
+    (tmp_path / "draft.json").write_text(json.dumps({"decoding": decoding}))
     with pytest.raises(CheckpointError, match="rows of a probability"):
         read_calibration(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -258,6 +259,15 @@ def test_a_threshold_set_after_a_step_was_launched_is_obeyed() -> None:
     token = ahead.follow(3, 2)
     model.set_threshold(1.0)
     ahead.follow(token, 2)
+
+
+def test_a_target_that_ran_ahead_is_freed_when_it_is_dropped() -> None:
+    target = GraphTarget(tiny_model(), run_ahead=True)
+    expect_choices(target)
+    target.extend(torch.tensor([3]))
+    cache = weakref.ref(target.cache)
+    del target
+    assert cache() is None
 
 
 class ReusingStep(_EagerStep):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Mapping
@@ -85,13 +86,15 @@ def read_calibration(path: Path) -> dict[str, list[list[float]]] | None:
         CheckpointError: the card says something else there.
     """
     card = model_folder(path) / CARD
-    found = (read_json(card).get("decoding") or {}).get("calibration") if card.is_file() else None
-    if found is None:
-        return None
+    decoding = read_json(card).get("decoding") if card.is_file() else None
     try:
+        found = (decoding or {}).get("calibration")
+        if found is None:
+            return None
         rows = {kind: [[float(value) for value in row] for row in found[kind]] for kind in ("first", "later")}
-        proper = all(0 <= p <= 1 and 0 <= rate <= 1 and n >= 0 for kind in rows.values() for p, rate, n in kind)
-    except (TypeError, ValueError, KeyError):
+        every = [row for kind in rows.values() for row in kind]
+        proper = all(0 <= p <= 1 and 0 <= rate <= 1 and 0 <= n < math.inf for p, rate, n in every)
+    except (AttributeError, TypeError, ValueError, KeyError):
         proper = False
     if not proper:
         raise CheckpointError(

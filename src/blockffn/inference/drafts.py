@@ -85,14 +85,14 @@ def make_speculation(
     if not isinstance(drafter, NgramDrafter):
         tree_cost = calibrate_drafter(target, drafter, most)
         chain_cost = calibrate_drafter(target, drafter, replace(most, chain=True))
-    is_folder = isinstance(draft, (str, Path)) and draft != "ngram"
+    folder = Path(draft) if isinstance(draft, (str, Path)) and draft != "ngram" else None
     shaper = CostAwareShaper(
         calibrate(target, seconds=3.0),
         num_experts=max(sparse_layers * config.num_experts, 1),
         clock=time.perf_counter,
         tree=tree_cost,
         chain=chain_cost,
-        calibration=read_calibration(Path(draft)) if is_folder else None,
+        calibration=None if folder is None else read_calibration(folder),
     )
     return Speculation(drafter, shaper, most)
 

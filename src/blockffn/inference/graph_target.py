@@ -154,9 +154,8 @@ class _StepsAhead:
     """
 
     def __init__(self, plan: DecodePlan, device: torch.device) -> None:
-        self._plan = plan
         self._chosen = torch.zeros(2, dtype=torch.int64, device=device)
-        self._step = _make_step(self._choose, StepInputs(1, device))
+        self._step = _make_step(_with_choice(plan, self._chosen), StepInputs(1, device))
         self._reader = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._outputs: StepOutputs | None = None
         self._done: torch.cuda.Event | None = None
@@ -196,10 +195,16 @@ class _StepsAhead:
                 self._reader.wait_event(done)
             return int(self._chosen[length % 2])
 
-    def _choose(self, inputs: StepInputs) -> StepOutputs:
-        outputs = self._plan.step(inputs)
-        self._plan.ops.advance(outputs.logits, inputs, self._chosen)
+
+def _with_choice(plan: DecodePlan, chosen: Tensor) -> Callable[[StepInputs], StepOutputs]:
+    """A step of one token that leaves the best one in `chosen` and in its inputs."""
+
+    def step(inputs: StepInputs) -> StepOutputs:
+        outputs = plan.step(inputs)
+        plan.ops.advance(outputs.logits, inputs, chosen)
         return outputs
+
+    return step
 
 
 def _make_step(function: Callable[[StepInputs], StepOutputs], inputs: StepInputs) -> _CapturedStep | _EagerStep:

@@ -59,8 +59,8 @@ def test_what_was_measured_comes_back_as_the_first_assumption() -> None:
 def test_what_is_forgotten_does_not_depend_on_when_sums_are_rescaled() -> None:
     tree = chain([1], [math.log(0.4)])
     estimate = AcceptanceEstimate(forget=0.9)
-    for number in range(1000):
-        estimate.observe(tree, Verdict([0] if number < 900 else [], 0))
+    for number in range(7000):  # 0.9 to the power of -7000 is no number any more
+        estimate.observe(tree, Verdict([0] if number < 6900 else [], 0))
     # Ten rounds of 0.4 are remembered, beside four acceptances assumed; of the depth the same once more.
     factor = 4 / (4 + 0.4 * 10)
     assert estimate.probability(0.4, 1) == pytest.approx(0.4 * factor * 4 / (4 + factor * 0.4 * 10), rel=0.01)

@@ -40,18 +40,18 @@ EXPERTS = CostModel(1, 0, 0.5, 0)
 
 def test_where_tokens_are_free_everything_is_verified() -> None:
     tree = chain(range(6), [math.log(0.3)] * 6)
-    nodes = choose_nodes(tree, reach=reach_of(tree), brings=[0.0] * 6, prices=prices(FREE), rate=None).nodes
+    nodes = choose_nodes(tree, reach=reach_of(tree), brings=[0.0] * 6, prices=prices(FREE), rate=0.1).nodes
     assert nodes == list(range(6))
 
 
 def test_where_a_token_costs_what_it_brings_nothing_is_verified() -> None:
     tree = chain(range(6), [math.log(0.4)] * 6)
-    assert choose_nodes(tree, reach=reach_of(tree), brings=[0.0] * 6, prices=prices(TOKENS), rate=None).nodes == []
+    assert choose_nodes(tree, reach=reach_of(tree), brings=[0.0] * 6, prices=prices(TOKENS), rate=0.5).nodes == []
 
 
 def test_of_two_equal_promises_the_one_that_needs_no_new_expert_is_kept() -> None:
     tree = DraftTree(torch.tensor([1, 2]), torch.tensor([-1, -1]), torch.tensor([0.45, 0.45]).log())
-    nodes = choose_nodes(tree, reach=[0.45, 0.45], brings=[0.7, 0.01], prices=prices(EXPERTS), rate=None).nodes
+    nodes = choose_nodes(tree, reach=[0.45, 0.45], brings=[0.7, 0.01], prices=prices(EXPERTS), rate=0.1).nodes
     assert nodes == [1]
 
 
@@ -90,7 +90,6 @@ def test_decoding_with_a_cost_aware_shaper_is_lossless_and_learns(bigram: Bigram
     statistics = decode_losslessly(bigram, Speculation(drafter, shaper), [1, 2, 3], 80)
     assert statistics.tree_size is not None
     assert 0 < statistics.tree_size < 40
-    assert shaper.rate is not None
     assert shaper.rate > 0
 
 
@@ -185,6 +184,51 @@ def test_what_a_plain_round_takes_is_learnt_from_plain_rounds_beyond_the_first()
     _, sizes = play(shaper, draft_probability=0.6, rounds=100, verified=verified)
     assert sum(sizes[-50:]) <= 20  # 2.4 tokens at most in 3.4 ms, against 1 in 1.1 ms
     assert shaper.rate == pytest.approx(1 / 1.1, rel=0.1)
+
+
+def test_one_plain_round_that_was_disturbed_teaches_little() -> None:
+    """Rounds of 1 ms, and one of 1000 ms among them: as if of 3 ms, in a mean of eight."""
+    now = [0.0]
+    shaper = CostAwareShaper(CostModel(1, 0, 0, 0), num_experts=1, clock=lambda: now[0])
+    for number in range(16 * 10 + 1):
+        shaper.budget(Budget(nodes=0, depth=0))
+        now[0] += 1.0 if number == 16 * 10 - 1 else 0.001
+        shaper.observe(chain([]), Verdict([], 0), step_of(1))
+    assert shaper._plain() == pytest.approx((7 * 1 + 3) / 8, rel=0.01)
+
+
+@pytest.mark.parametrize(("probability", "is_tried"), [(0.4, True), (0.7, False)])
+def test_plain_rounds_are_tried_three_in_a_row_where_drafts_gain_little(probability: float, is_tried: bool) -> None:
+    """A level costs a fifth of a round. Drafts gain 15 % and more than 50 %."""
+    shaper = CostAwareShaper(CostModel(10, 0.1, 0, 0), num_experts=1, tree=DraftingCost(level=2.0))
+    levels, _ = play(shaper, draft_probability=probability, rounds=590)
+    runs = [len(list(rounds)) for depth, rounds in itertools.groupby(levels) if not depth]
+    assert set(runs) == {PLAIN_TRY}
+    assert len(runs) > 3 if is_tried else len(runs) == 1  # those before anything is known of drafts
+
+
+def test_what_a_plain_round_loses_is_charged() -> None:
+    shaper = CostAwareShaper(CostModel(10, 0.1, 0, 0), num_experts=1, tree=DraftingCost(level=2.0))
+    play(shaper, draft_probability=0.7, rounds=100)
+    rate, credit = shaper.rate, shaper._credit
+    shaper._resting = 1
+    assert shaper.budget(Budget(nodes=20, depth=6)).nodes == 0
+    shaper.observe(chain([]), Verdict([], 0), step_of(1))
+    assert shaper._credit == pytest.approx(credit + 10.1 / 80 - (10.1 - 1 / rate))
+
+
+def test_where_a_round_explores_twice_as_many_nodes_are_verified_as_pay() -> None:
+    tree = chain(range(6), [math.log(p) for p in (0.9, 0.9, 0.2, 0.9, 0.9, 0.9)])
+    sizes = []
+    for credit in (-1.0, 1.0):
+        shaper = CostAwareShaper(TOKENS, num_experts=1)
+        for _ in range(PLAIN_TRY):
+            shaper.budget(Budget(nodes=6, depth=6))
+            shaper.observe(chain([]), Verdict([], 0), step_of(1))
+        shaper._credit = credit
+        shaper.budget(Budget(nodes=6, depth=6))
+        sizes.append(len(shaper.shape(tree)))
+    assert sizes == [2, 4]
 
 
 def test_of_plain_rounds_few_are_measured() -> None:
@@ -384,6 +428,65 @@ def test_trees_are_still_tried_now_and_then_while_chains_are_better() -> None:
     )
     assert 0.8 < share_of_chains(shaper, second=0.02, rounds=300) < 1
     assert share_of_chains(shaper, second=0.39, rounds=400) < 0.2
+
+
+def test_a_tree_that_was_better_for_long_gives_way_to_a_chain() -> None:
+    shaper = CostAwareShaper(
+        CostModel(10, 0.5, 0, 0), num_experts=1, tree=DraftingCost(level=0.9), chain=DraftingCost(level=0.5)
+    )
+    assert share_of_chains(shaper, second=0.39, rounds=400) < 0.2
+    assert share_of_chains(shaper, second=0.02, rounds=160) > 0.6
+
+
+def test_while_plain_rounds_are_tried_no_turn_of_exploring_passes() -> None:
+    shaper = CostAwareShaper(TOKENS, num_experts=1)
+    for _ in range(PLAIN_TRY):
+        shaper._credit = 1.0
+        shaper.budget(Budget(nodes=6, depth=6))
+        shaper.observe(chain([]), Verdict([], 0), step_of(1))
+    assert shaper._explored == 0
+
+
+def test_what_the_shaper_itself_takes_is_a_part_of_drafting_and_of_verifying() -> None:
+    """A level takes 1 ms, choosing nodes 3 ms, learning 2 ms."""
+    cost, now = CostModel(1, 0.1, 0, 0), [0.0]
+    shaper = CostAwareShaper(cost, num_experts=1, clock=lambda: now[0], tree=DraftingCost(level=1.0))
+    reach, observe = shaper.acceptance.reach, shaper.acceptance.observe
+
+    def spend(milliseconds: float) -> None:
+        now[0] += milliseconds / 1000
+
+    def slow_reach(tree: DraftTree) -> list[float]:
+        spend(3.0)
+        return reach(tree)
+
+    def slow_observe(tree: DraftTree, verdict: Verdict) -> None:
+        spend(2.0)
+        observe(tree, verdict)
+
+    shaper.acceptance.reach = slow_reach  # type: ignore[method-assign]
+    shaper.acceptance.observe = slow_observe  # type: ignore[method-assign]
+    verified = lambda size: spend(cost.milliseconds(size + 1, 1, size + 1))  # noqa: E731
+    levels, sizes = play(shaper, draft_probability=0.99, rounds=200, drafted=spend, verified=verified)
+    assert levels[-1] == sizes[-1] == 6
+    assert shaper._drafted is not None
+    assert shaper._tree.times.milliseconds(shaper._drafted) == pytest.approx(6 + 3, rel=0.05)
+    assert shaper._verifying.milliseconds(shaper._verified) == pytest.approx(1.7 + 2, rel=0.05)
+
+
+def test_a_try_is_charged_for_the_text_that_the_draft_reads_for_it_alone() -> None:
+    shaper = CostAwareShaper(CostModel(10, 0.1, 0, 0), num_experts=1, tree=DraftingCost(level=9.0, read=1.0))
+    shaper.start(500)
+    play(shaper, draft_probability=0.3, rounds=PLAIN_TRY + 1)
+    assert shaper._drafted is not None
+    assert shaper._drafted[-1] == 500 + PLAIN_TRY
+    play(shaper, draft_probability=0.3, rounds=100)
+    shaper._credit = 1.0
+    unread = shaper._unread
+    assert unread > 50
+    play(shaper, draft_probability=0.3, rounds=1)
+    assert shaper._drafted is not None
+    assert shaper._credit <= 1.0 - (unread - 1)
 
 
 def test_no_experts_at_all_is_a_mistake() -> None:

@@ -96,7 +96,7 @@ def speculate(target: Target, speculation: Speculation, request: Request) -> Ite
             budget = _budget(target, speculation, request)
             if shaper is not None:
                 budget = shaper.budget(budget)
-            tree = drafter.propose(context.tensor(), budget) if budget.nodes and budget.depth else no_tree()
+            tree = drafter.propose(context.tensor(), budget) if budget.nodes else no_tree()
             if shaper is not None and len(tree):
                 tree = shaper.shape(tree)
         tokens, parents = tree.behind(request.tokens[-1])

@@ -63,14 +63,13 @@ class Prices:
 
 
 def choose_nodes(
-    tree: DraftTree, *, reach: Sequence[float], brings: Sequence[float], prices: Prices, rate: float | None,
+    tree: DraftTree, *, reach: Sequence[float], brings: Sequence[float], prices: Prices, rate: float,
     among: Collection[int] | None = None,
 ) -> Choice:  # fmt: skip
     """The part of a tree that is worth verifying, maybe nothing.
 
     Nodes are added one by one, always the one with the most expected tokens per millisecond among those whose parent
-    is in; the best of all the trees on the way is kept. Its measure is `tokens - rate * milliseconds`, or tokens per
-    millisecond where no rate is known yet.
+    is in; the best of all the trees on the way is kept. Its measure is `tokens - rate * milliseconds`.
 
     Args:
         reach: probability of each node that its path is accepted. brings: see `UnionEstimate.brings`.
@@ -84,20 +83,20 @@ def choose_nodes(
     now = prices.milliseconds(1, log_used)
     order: list[int] = []
     paid: list[float] = []
-    best_value = tokens / now if rate is None else tokens - rate * now
+    best_value = tokens - rate * now
     best_count = 0
     frontier = list(children.get(ROOT, ()))
     while frontier:
         after = {b: prices.milliseconds(len(order) + 2, log_used + b) for b in {brings[node] for node in frontier}}
         node = max(frontier, key=lambda n: reach[n] / max(after[brings[n]] - now, 1e-9))
-        if rate is not None and reach[node] < HOPELESS * rate * (after[brings[node]] - now):
+        if reach[node] < HOPELESS * rate * (after[brings[node]] - now):
             break
         frontier.remove(node)
         frontier += children.get(node, ())
         order.append(node)
         paid.append(after[brings[node]] - now)
         tokens, log_used, now = tokens + reach[node], log_used + brings[node], after[brings[node]]
-        value = tokens / now if rate is None else tokens - rate * now
+        value = tokens - rate * now
         if value > best_value:
             best_value, best_count = value, len(order)
     return Choice(order[:best_count], paid[:best_count])
@@ -118,7 +117,6 @@ class CostAwareShaper:
     Args:
         cost: of the target, from `calibrate`.
         num_experts: in all layers together; 1 for a dense model.
-        overhead: milliseconds that every round costs beside the target's and the draft's.
         clock: seconds; what drafting and verifying cost is learnt by it. `None`: costs are as given.
         tree: what drafting a tree costs, from `calibrate_drafter`; nothing for n-grams.
         chain: the same of a chain; `None`: chains are not drafted, as where a tree costs no more.
@@ -132,7 +130,6 @@ class CostAwareShaper:
         cost: CostModel,
         *,
         num_experts: int,
-        overhead: float = 0.0,
         clock: Callable[[], float] | None = None,
         tree: DraftingCost | None = None,
         chain: DraftingCost | None = None,
@@ -143,12 +140,12 @@ class CostAwareShaper:
         self.acceptance = AcceptanceEstimate(calibration)
         self._cost, self._clock = cost, clock
         self._union = UnionEstimate(num_experts, share=1.0 if num_experts == 1 else 0.15)
-        plain = overhead + cost.milliseconds(1, self._union.active, self._union.active)
+        plain = cost.milliseconds(1, self._union.active, self._union.active)
         self._tree = WayOfDrafting(tree or DraftingCost(), chain=False, plain=plain)
         self._chain = None if chain is None else WayOfDrafting(chain, chain=True, plain=plain)
         self._ways = [self._tree] if self._chain is None else [self._tree, self._chain]
         # Of a round, its tokens, and the cost model's milliseconds.
-        self._verifying = TimeEstimate((overhead, 0.0, 1.0), doubts=(plain / 2, plain / 16, 0.25))
+        self._verifying = TimeEstimate((0.0, 0.0, 1.0), doubts=(plain / 2, plain / 16, 0.25))
         self._plain_time, self._plain_measured = plain, 0  # milliseconds of a plain round; how many were measured
         self._tokens, self._milliseconds = float(FIRST_ROUNDS), FIRST_ROUNDS * plain
         self._lead, self._compared = 0.0, FEWEST_TREES  # tokens that trees brought more than their chains
