@@ -132,5 +132,6 @@ def test_the_calibration_of_a_draft_is_read_from_its_card_where_it_has_one(tmp_p
 def test_a_calibration_that_makes_no_sense_is_refused(tmp_path: Path, decoding: object) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "draft.json").write_text(json.dumps({"decoding": decoding}))
-    with pytest.raises(CheckpointError, match="rows of a probability"):
+    with pytest.raises(CheckpointError, match="rows of a probability") as refused:
         read_calibration(tmp_path)
+    assert f"got {decoding['calibration'] if isinstance(decoding, dict) else decoding}" in str(refused.value)

@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def read_calibration(path: Path) -> dict[str, list[list[float]]] | None:
     """
     card = model_folder(path) / CARD
     decoding = read_json(card).get("decoding") if card.is_file() else None
+    found = decoding
     try:
         found = (decoding or {}).get("calibration")
         if found is None:
@@ -99,7 +101,8 @@ def read_calibration(path: Path) -> dict[str, list[list[float]]] | None:
     if not proper:
         raise CheckpointError(
             f"{card}: the calibration of the draft's decoding must have rows of a probability, a rate and a number "
-            "under 'first' and 'later'; take it out, and acceptance is learnt while decoding"
+            f"under 'first' and 'later', got {reprlib.repr(found)}; take it out, and acceptance is learnt while "
+            "decoding"
         )
     return rows
 

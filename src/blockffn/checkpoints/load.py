@@ -29,6 +29,8 @@ def model_folder(path: Path) -> Path:
     Raises:
         CheckpointError: there is none; the message says what was looked for.
     """
+    if path.is_file():
+        raise CheckpointError(f"{path} holds no model: it is a file; give the folder of a model or of a run")
     if not path.is_dir():
         hub = f"; download it first: hf download {path} --local-dir {path.name}" if _is_hub_id(path) else ""
         raise CheckpointError(f"{path} holds no model: there is no such folder{hub}")

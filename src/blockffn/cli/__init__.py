@@ -84,7 +84,10 @@ def _explain(error: Exception) -> int:
     from blockffn.errors import UserFacingError
 
     if isinstance(error, (ValueError, OSError, UserFacingError)):
-        print(_fitting(f"error: {' '.join(str(error).split())}"), file=sys.stderr)
+        text = str(error)
+        if isinstance(error, FileNotFoundError) and error.filename is not None:
+            text = f"there is no {error.filename}; check the path"
+        print(_fitting(f"error: {' '.join(text.split())}"), file=sys.stderr)
         return 2
     raise error
 

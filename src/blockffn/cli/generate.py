@@ -103,12 +103,15 @@ def generate(
     from blockffn.inference.backends import make_target
     from blockffn.inference.drafts import check_draft, resolve_draft, tree_shape
     from blockffn.inference.engine import Engine
+    from blockffn.inference.head_screen import SCREEN_FORMATS
     from blockffn.ops.native import MAX_BEST
 
     check_json(json_path)
     tree_shape(tree)
     if speculative is None and (tree != "auto" or check_lossless):
         raise ValueError("--tree and --check-lossless go with --speculative")
+    if screen_head not in (None, *SCREEN_FORMATS):
+        raise ValueError(f"--screen-head takes {' or '.join(SCREEN_FORMATS)}, got {screen_head!r}")
     if screen_head is not None and (repetition_penalty != 1 or (temperature > 0 and not 0 < top_k <= MAX_BEST)):
         raise ValueError(
             f"--screen-head goes with --temperature 0 or --top-k up to {MAX_BEST}, and without --repetition-penalty; "

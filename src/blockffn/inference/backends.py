@@ -13,6 +13,12 @@ BACKENDS = ("auto", "model", "native", "graph")
 PRECISIONS = ("auto", "bf16", "int8", "int4", "f32")
 
 
+def check_backend(backend: str) -> None:
+    """Raise `ValueError` unless a backend has this name."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
+
+
 def make_target(
     model: BlockFFNForCausalLM, *, backend: str = "auto", precision: str = "auto", capacity: int | None = None,
     screen_head: str | None = None,
@@ -34,8 +40,7 @@ def make_target(
         ValueError: an unknown backend or precision, one that cannot run this model, a capacity beyond its context, or a
             head that cannot be screened so.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
+    check_backend(backend)
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
     not_native = why_not_native(model) if backend in ("auto", "native") else None

@@ -16,6 +16,7 @@ from blockffn.ops.native import MAX_BEST, empty_huge
 from blockffn.ops.quantization import STRIP, MatrixLayout, PackedMatrix, pack_matrix, unpack_matrix
 
 # Formats of a screen for each of a head: those that are smaller.
+SCREEN_FORMATS = ("int8", "int4")
 SCREENS = {"f32": ("int8", "int4"), "bf16": ("int8", "int4"), "int8": ("int4",), "int4": ()}
 ROWS = 4096  # packed at a time
 REST = 64  # steps with the whole head, where screening did not pay

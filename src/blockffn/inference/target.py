@@ -141,11 +141,11 @@ def check_fits(prompt_tokens: int, max_new_tokens: int, *, capacity: int) -> Non
     if prompt_tokens > capacity:
         raise ValueError(
             f"a prompt of {counted(prompt_tokens, 'token')} exceeds the cache's capacity of {capacity}; shorten it, or "
-            "give the engine a larger capacity if the model's context allows it"
+            "where the model's context is longer, make the engine with that capacity"
         )
     if prompt_tokens + max_new_tokens - 1 > capacity:
         raise ValueError(
             f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones exceed the cache's capacity of {capacity}; "
-            f"ask for at most {counted(capacity - prompt_tokens + 1, 'new token')}, shorten the prompt, or give the "
-            "engine a larger capacity if the model's context allows it"
+            f"ask for at most {counted(capacity - prompt_tokens + 1, 'new token')}, shorten the prompt, or "
+            "where the model's context is longer, make the engine with that capacity"
         )

@@ -114,6 +114,8 @@ def test_every_command_finds_the_same_draft(with_draft: Path, models: Path) -> N
     assert choose_draft(models / "moe", None) is None
     assert choose_draft(models / "moe", "auto") == "ngram"
     assert choose_draft(models / "moe", "oracle:0.5") == "oracle:0.5"
+    with pytest.raises(ValueError, match="oracle:2"):
+        choose_draft(models / "moe", "oracle:2")
     with pytest.raises(ValueError, match="/nope is no draft"):
         choose_draft(with_draft, "/nope")
 

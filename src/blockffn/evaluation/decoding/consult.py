@@ -35,7 +35,7 @@ from blockffn.evaluation.decoding.prompts import EncodedPrompt, Prompt, encode_p
 from blockffn.evaluation.decoding.rounds import time_ways
 from blockffn.evaluation.decoding.ways import Decoder
 from blockffn.evaluation.machine import busy, describe_machine
-from blockffn.inference.backends import make_target
+from blockffn.inference.backends import check_backend, make_target
 from blockffn.inference.speculative.growth import Budget
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.ops.device import choose_device
@@ -133,6 +133,7 @@ def consult(
         raise ValueError(f"advice needs at least 2 new tokens, got {max_new_tokens}; the prompt gives the first")
     device = choose_device(device)
     draft = choose_draft(path, draft)
+    check_backend(backend)
     model = load(path, device=device, progress=sys.stderr.isatty())
     encoded = encode_prompts(load_tokenizer(model_folder(path)), prompts, max_tokens=MAX_PROMPT_TOKENS)
     capacity = min(MAX_PROMPT_TOKENS + max_new_tokens + 64, model.config.max_position_embeddings)

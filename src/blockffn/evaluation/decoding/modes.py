@@ -102,7 +102,9 @@ def choose_draft(path: Path, draft: str | None) -> str | None:
     chosen = find_draft(path) if draft is None else resolve_draft(path, draft)
     if chosen is None:
         return None
-    if not str(chosen).startswith(ORACLE):
+    if str(chosen).startswith(ORACLE):
+        oracle_rates(str(chosen))
+    else:
         check_draft(chosen)
     return str(chosen)
 
