@@ -221,7 +221,7 @@ def sample(tokens: Sequence[SampleToken], *, columns: int = 84) -> Figure:
     for text, row, column, token in cells:
         step = None if token.active_share is None else step_of(token.active_share, bounds)
         if step is not None:
-            top, height = (0.04, 0.92) if token.generated else (0.88, 0.1)
+            top, height = (0.04, 0.92) if token.generated else (0.82, 0.12)
             color = LIGHT[f"heat-{step}"]
             axes.add_patch(Rectangle((column, row + top), len(text), height, facecolor=color, edgecolor="none"))
         ink = INK if token.generated else MUTED
@@ -236,7 +236,8 @@ def sample(tokens: Sequence[SampleToken], *, columns: int = 84) -> Figure:
             axes.add_patch(Rectangle((3 * i, rows + 1.0), 2.9, 0.6, facecolor=LIGHT[f"heat-{i}"], edgecolor="none"))
         for x, value in ((0, low), (3 * STEPS, high)):
             axes.text(x, rows + 2.1, f"{value:.0f} %", color=MUTED, ha="left" if x == 0 else "right", va="center")
-        axes.text(3 * STEPS + 1, rows + 1.3, "of the experts used; underlined: the prompt", color=MUTED, va="center")
+        words = "of the experts used; grey and underlined: the prompt"
+        axes.text(3 * STEPS + 1, rows + 1.3, words, color=MUTED, va="center")
     return figure
 
 
