@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blockffn.ops.decode import kernels, reference
-from blockffn.ops.decode.inputs import StepInputs, visible_bits
+from blockffn.ops.decode.inputs import Router, StepInputs, visible_bits
 from blockffn.ops.sparse_ffn import sparse_ffn
 
 HAS_GPU = torch.cuda.is_available()
@@ -96,10 +96,8 @@ def test_routing(triton: ModuleType, T: int, count: int, E: int, threshold: floa
     results = []
     for ops in (triton, reference):
         out = torch.full((T, E), float("nan"), device=DEVICE)
-        residual = ops.norm_route(
-            x, weight, norm=norm, eps=1e-5, branch=branch, scale=0.3, router_norm=router_norm, router_eps=1e-6,
-            float32=float32, threshold=threshold, inputs=inputs, out=out,
-        )  # fmt: skip
+        router = Router(weight, router_norm, 1e-6, float32, threshold)
+        residual = ops.norm_route(x, router, norm=norm, eps=1e-5, branch=branch, scale=0.3, inputs=inputs, out=out)
         results.append((*residual, out, ops.count_active(out[None])))
     for name, actual, expected in zip(("sum", "normed", "weights", "counts"), *results, strict=True):
         assert_close(name, actual, expected)
@@ -112,34 +110,35 @@ class Routed:
     """A router and its experts, on `x [T, D]`."""
 
     x: Tensor
-    weight: Tensor
+    router: Router
     up_proj: Tensor
     down_proj: Tensor
     given: dict[str, Any]
 
     @classmethod
     def random(
-        cls, T: int, E: int, *, count: int | None = None, dtype: torch.dtype = torch.float32, **given: Any
-    ) -> Self:
+        cls, T: int, E: int, *, count: int | None = None, dtype: torch.dtype = torch.float32, branch: bool = True,
+        **changes: Any,
+    ) -> Self:  # fmt: skip
         x, weight, up, down = (randn(*s, dtype=dtype) for s in ((T, 48), (E, 48), (E, 32, 48), (E, 32, 48)))
+        router = Router(weight, randn(E, dtype=dtype), eps=1e-6, float32=True, threshold=0.0)
         given = {
-            "norm": randn(48, dtype=dtype), "eps": 1e-5, "branch": randn(T, 48, dtype=dtype), "scale": 0.3,
-            "router_norm": randn(E, dtype=dtype), "router_eps": 1e-6, "float32": True, "threshold": 0.0,
-            "inputs": step_inputs(T, length=5, count=count),
-        } | given  # fmt: skip
-        return cls(x, weight, up, down, given)
+            "norm": randn(48, dtype=dtype), "eps": 1e-5, "branch": randn(T, 48, dtype=dtype) if branch else None,
+            "scale": 0.3, "inputs": step_inputs(T, length=5, count=count),
+        }  # fmt: skip
+        return cls(x, replace(router, **changes), up, down, given)
 
     def route(self, ops: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
         """The residual sum, the routing weights and the norm."""
-        out = torch.full((len(self.x), len(self.weight)), float("nan"), device=DEVICE, dtype=self.x.dtype)
-        total, normed = ops.norm_route(self.x, self.weight, **self.given, out=out)
+        out = torch.full((len(self.x), len(self.router.weight)), float("nan"), device=DEVICE, dtype=self.x.dtype)
+        total, normed = ops.norm_route(self.x, self.router, **self.given, out=out)
         return total, out, normed
 
     def run(self, ops: ModuleType, backend: str) -> tuple[Tensor, Tensor, Tensor]:
         """The residual sum, the routing weights and the experts' output."""
-        out = torch.full((len(self.x), len(self.weight)), float("nan"), device=DEVICE, dtype=self.x.dtype)
+        out = torch.full((len(self.x), len(self.router.weight)), float("nan"), device=DEVICE, dtype=self.x.dtype)
         experts = {"up_proj": self.up_proj, "down_proj": self.down_proj, "backend": backend}
-        total, y = ops.norm_route_experts(self.x, self.weight, **self.given, out=out, **experts)
+        total, y = ops.norm_route_experts(self.x, self.router, **self.given, out=out, **experts)
         return total, out, y
 
     def check(self, triton: ModuleType) -> Tensor:
@@ -172,7 +171,7 @@ def test_routing_and_experts_of_one_token(triton: ModuleType, E: int, threshold:
 
 @pytest.mark.usefixtures("only_one_token_kernels")
 def test_experts_of_one_token_under_a_norm_of_either_sign(triton: ModuleType) -> None:
-    assert (Routed.random(1, 5, router_norm=-torch.ones(5, device=DEVICE), branch=None).check(triton) <= 0).all()
+    assert (Routed.random(1, 5, norm=-torch.ones(5, device=DEVICE), branch=False).check(triton) <= 0).all()
 
 
 @pytest.mark.usefixtures("only_one_token_kernels")
@@ -185,7 +184,7 @@ def test_a_token_without_an_active_expert_gets_zero(triton: ModuleType) -> None:
 @pytest.mark.usefixtures("only_one_token_kernels")
 def test_a_damaged_router_is_not_hidden_by_the_experts(triton: ModuleType) -> None:
     routed = Routed.random(1, 5)
-    routed.weight[2, 3] = float("nan")
+    routed.router.weight[2, 3] = float("nan")
     _, weights, y = routed.run(triton, "triton")
     assert weights.isnan().all()
     assert y.isnan().all()
@@ -271,10 +270,8 @@ def test_a_damaged_router_is_not_hidden(triton: ModuleType) -> None:
     weight = randn(6, 32)
     weight[2, 3] = float("nan")
     out = torch.zeros(1, 6, device=DEVICE)
-    triton.norm_route(
-        randn(1, 32), weight, norm=randn(32), eps=1e-5, router_norm=randn(6), router_eps=1e-6, float32=True,
-        threshold=0.0, inputs=step_inputs(1, length=0), out=out,
-    )  # fmt: skip
+    router = Router(weight, randn(6), eps=1e-6, float32=True, threshold=0.0)
+    triton.norm_route(randn(1, 32), router, norm=randn(32), eps=1e-5, inputs=step_inputs(1, length=0), out=out)
     assert out.isnan().any()
 
 

@@ -88,15 +88,14 @@ def read_calibration(path: Path) -> dict[str, list[list[float]]] | None:
     """
     card = model_folder(path) / CARD
     decoding = read_json(card).get("decoding") if card.is_file() else None
-    found = decoding
+    found = decoding.get("calibration") if isinstance(decoding, dict) else decoding
+    if found is None:
+        return None
     try:
-        found = (decoding or {}).get("calibration")
-        if found is None:
-            return None
         rows = {kind: [[float(value) for value in row] for row in found[kind]] for kind in ("first", "later")}
         every = [row for kind in rows.values() for row in kind]
         proper = all(0 <= p <= 1 and 0 <= rate <= 1 and 0 <= n < math.inf for p, rate, n in every)
-    except (AttributeError, TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError):
         proper = False
     if not proper:
         raise CheckpointError(

@@ -22,7 +22,7 @@ from blockffn.models.moe import BlockFFN
 from blockffn.models.routers.projection import RouterProjection
 from blockffn.models.routers.relu_rmsnorm import ReLURMSNormRouter
 from blockffn.ops.decode import kernels
-from blockffn.ops.decode.inputs import StepInputs
+from blockffn.ops.decode.inputs import Router, StepInputs
 from blockffn.ops.sparse_ffn import apply_threshold
 
 PLAIN = (nn.Linear, nn.Embedding, RouterProjection)
@@ -150,14 +150,14 @@ class DecodePlan:
         assert weights_out is not None
         router, experts = mlp.router, mlp.routed_experts
         if isinstance(router, ReLURMSNormRouter) and not mlp.num_shared_experts:
-            route = residual | {
-                "router_norm": router.norm.weight, "router_eps": router.norm.eps, "threshold": mlp.threshold,
-                "float32": router.proj.router_dtype == "float32", "inputs": inputs, "out": weights_out,
-            }  # fmt: skip
+            in_float32 = router.proj.router_dtype == "float32"
+            by = Router(router.proj.weight, router.norm.weight, router.norm.eps, in_float32, mlp.threshold)
             if _are_plain(experts):
-                weights = {"up_proj": experts.up_proj, "down_proj": experts.down_proj, "backend": experts.backend}
-                return self.ops.norm_route_experts(x, router.proj.weight, **route, **weights)
-            x, normed = self.ops.norm_route(x, router.proj.weight, **route)
+                return self.ops.norm_route_experts(
+                    x, by, **residual, inputs=inputs, out=weights_out,
+                    up_proj=experts.up_proj, down_proj=experts.down_proj, backend=experts.backend,
+                )  # fmt: skip
+            x, normed = self.ops.norm_route(x, by, **residual, inputs=inputs, out=weights_out)
         else:
             x, normed = self.ops.add_norm(x, **residual)
             self._route(mlp, normed, inputs, weights_out)

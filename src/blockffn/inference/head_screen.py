@@ -17,7 +17,7 @@ from blockffn.ops.quantization import STRIP, MatrixLayout, PackedMatrix, pack_ma
 
 # Formats of a screen for each of a head: those that are smaller.
 SCREEN_FORMATS = ("int8", "int4")
-SCREENS = {"f32": ("int8", "int4"), "bf16": ("int8", "int4"), "int8": ("int4",), "int4": ()}
+SCREENS = {"f32": SCREEN_FORMATS, "bf16": SCREEN_FORMATS, "int8": ("int4",), "int4": ()}
 ROWS = 4096  # packed at a time
 REST = 64  # steps with the whole head, where screening did not pay
 RECENT = 8  # screened steps that count

@@ -85,8 +85,7 @@ class ModelTarget:
         if self._pending is None:
             raise ValueError("nothing to commit: extend first")
         self._pending.check_path(kept)
-        # A path that begins the tree lies where it belongs. That of a device is moved unseen rather than waited for.
-        if kept.device.type != "cpu" or not torch.equal(kept, torch.arange(len(kept))):
+        if not begins_the_step(kept):
             self.cache.move(self._length + kept.to(self.forward.device), self._length)
         self._length += len(kept)
         self._pending = None
@@ -108,6 +107,11 @@ class ModelTarget:
         visible[:, first : first + count] = ancestors
         batch = [tensor.unsqueeze(0) for tensor in (tokens.to(device), positions, rows, visible)]
         return _join([self.forward(self.cache, *batch)])
+
+
+def begins_the_step(kept: Tensor) -> bool:
+    """Whether these rows lie where they belong already. Those of a device are moved unseen rather than waited for."""
+    return kept.device.type == "cpu" and kept.tolist() == list(range(len(kept)))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blockffn.inference.head_screen import Screening
-from blockffn.inference.model_target import Pending, check_parents, check_room, checked_capacity
+from blockffn.inference.model_target import Pending, begins_the_step, check_parents, check_room, checked_capacity
 from blockffn.inference.native_model import NativeModel
 from blockffn.inference.target import Step
 from blockffn.models.causal_lm import BlockFFNForCausalLM
@@ -135,7 +135,7 @@ class NativeTarget:
         if self._pending is None:
             raise ValueError("nothing to commit: extend first")
         self._pending.check_path(kept)
-        if kept.tolist() != list(range(len(kept))):  # else they lie where they belong
+        if not begins_the_step(kept):
             source = (self._length + kept).contiguous()
             native.function("move_positions")(self._model, source.data_ptr(), len(source), self._length)
         self._length += len(kept)

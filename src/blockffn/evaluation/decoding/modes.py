@@ -102,11 +102,12 @@ def choose_draft(path: Path, draft: str | None) -> str | None:
     chosen = find_draft(path) if draft is None else resolve_draft(path, draft)
     if chosen is None:
         return None
-    if str(chosen).startswith(ORACLE):
-        oracle_rates(str(chosen))
+    name = str(chosen)
+    if name.startswith(ORACLE):
+        oracle_rates(name)
     else:
         check_draft(chosen)
-    return str(chosen)
+    return name
 
 
 def _name(draft: str) -> str | Path:

@@ -137,8 +137,6 @@ class _Context:
 
 def _rows(values: Tensor, kept: list[int]) -> Tensor:
     """The rows of these numbers; a view where they are the first ones, as in a chain."""
-    if len(kept) == len(values):
-        return values
     if kept[-1] == len(kept) - 1:
         return values[: len(kept)]
     return values[torch.tensor(kept, device=values.device)]

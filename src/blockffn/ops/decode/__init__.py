@@ -5,8 +5,8 @@ Two modules compute the same functions on plain tensors: `reference`, in torch, 
 
     add_norm(x, norm, eps=, branch=, scale=)            residual sum, and its RMS norm
     norm_linear(x, weight, norm=, eps=, branch=, ...)   the same, then a product; with `up` the gated unit
-    norm_route(x, weight, norm=, ..., out=)             the same, then BlockFFN's router
-    norm_route_experts(x, weight, norm=, ..., out=)     the same, then the routed experts
+    norm_route(x, router, norm=, ..., out=)             the same, then BlockFFN's router
+    norm_route_experts(x, router, norm=, ..., out=)     the same, then the routed experts
     linear(x, weight)                                   a product
     grouped_attention, latent_attention                 rotate, write to the cache, attend over its valid rows
     count_active(weights_LTE)                           experts per layer: of the step together, and of each token

@@ -1,6 +1,8 @@
-"""`StepInputs`: what changes from step to step, in one small tensor on the device."""
+"""`StepInputs`: what changes from step to step, in one small tensor on the device. `Router`: what a layer routes by."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,6 +53,23 @@ class StepInputs:
         self.tokens[:count] = tokens
         self.positions[:count] = length + ancestors.sum(dim=-1) - 1
         self.visible[:count] = visible_bits(ancestors)
+
+
+@dataclass(frozen=True)
+class Router:
+    """BlockFFN's router.
+
+    Attributes:
+        weight, norm: `[E, D]` and `[E]`. eps: of the norm.
+        float32: multiply in float32 and keep its bits; otherwise logits are rounded to the dtype of the tokens.
+        threshold: weights up to it are 0.
+    """
+
+    weight: Tensor
+    norm: Tensor
+    eps: float
+    float32: bool
+    threshold: float
 
 
 def visible_bits(ancestors: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockffn.ops.decode.inputs import StepInputs
+from blockffn.ops.decode.inputs import Router, StepInputs
 from blockffn.ops.sparse_ffn import sparse_ffn
 
 
@@ -42,46 +42,33 @@ def norm_linear(
 
 def norm_route(
     x: Tensor,
-    weight: Tensor,
+    router: Router,
     *,
     norm: Tensor,
     eps: float,
     branch: Tensor | None = None,
     scale: float = 1.0,
-    router_norm: Tensor,
-    router_eps: float,
-    float32: bool,
-    threshold: float,
     inputs: StepInputs,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """BlockFFN's routing weights of the normed residual sum into `out [T, E]`, 0 for padding; the sum and its norm.
-
-    Args:
-        weight, router_norm: `[E, D]` and `[E]` of the router. float32: multiply in float32 and keep its bits;
-            otherwise logits are rounded to the dtype of `x`.
-        threshold: weights up to it are 0.
-    """
+    """BlockFFN's routing weights of the normed residual sum into `out [T, E]`, 0 for padding; the sum and its norm."""
     x, normed = add_norm(x, norm, eps=eps, branch=branch, scale=scale)
-    logits = F.linear(normed.float(), weight.float()) if float32 else F.linear(normed, weight).float()
-    weights = add_norm(F.relu(logits), router_norm.float(), eps=router_eps)[1]
-    inactive = (weights.abs() <= threshold) | padding(inputs).unsqueeze(-1)
+    weight = router.weight
+    logits = F.linear(normed.float(), weight.float()) if router.float32 else F.linear(normed, weight).float()
+    weights = add_norm(F.relu(logits), router.norm.float(), eps=router.eps)[1]
+    inactive = (weights.abs() <= router.threshold) | padding(inputs).unsqueeze(-1)
     out.copy_(torch.where(inactive, 0, weights))
     return x, normed
 
 
 def norm_route_experts(
     x: Tensor,
-    weight: Tensor,
+    router: Router,
     *,
     norm: Tensor,
     eps: float,
     branch: Tensor | None = None,
     scale: float = 1.0,
-    router_norm: Tensor,
-    router_eps: float,
-    float32: bool,
-    threshold: float,
     inputs: StepInputs,
     out: Tensor,
     up_proj: Tensor,
@@ -93,10 +80,7 @@ def norm_route_experts(
     Args:
         up_proj, down_proj: `[E, F, D]`. backend: of `sparse_ffn`.
     """
-    x, normed = norm_route(
-        x, weight, norm=norm, eps=eps, branch=branch, scale=scale, router_norm=router_norm, router_eps=router_eps,
-        float32=float32, threshold=threshold, inputs=inputs, out=out,
-    )  # fmt: skip
+    x, normed = norm_route(x, router, norm=norm, eps=eps, branch=branch, scale=scale, inputs=inputs, out=out)
     return x, sparse_ffn(normed, up_proj, down_proj, out, backend=backend)
 
 

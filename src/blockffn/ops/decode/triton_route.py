@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from blockffn.ops.decode.inputs import StepInputs
+from blockffn.ops.decode.inputs import Router, StepInputs
 from blockffn.ops.decode.triton_linear import add_norm, launch, rows_of_tile, sum_and_norm, warps_of_row
 from blockffn.ops.gpu import has_dependent_launch
 from blockffn.ops.sparse_ffn import sparse_ffn, takes_token_kernel
@@ -82,23 +80,19 @@ def _count_kernel(
 
 def norm_route(
     x: Tensor,
-    weight: Tensor,
+    router: Router,
     *,
     norm: Tensor,
     eps: float,
     branch: Tensor | None = None,
     scale: float = 1.0,
-    router_norm: Tensor,
-    router_eps: float,
-    float32: bool,
-    threshold: float,
     inputs: StepInputs,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    x, normed, logits = _norm_logits(x, weight, norm, eps=eps, branch=branch, scale=scale, float32=float32)
-    E = len(weight)
+    x, normed, logits = _norm_logits(x, router, norm=norm, eps=eps, branch=branch, scale=scale)
+    E = len(router.weight)
     _route_kernel[(len(x),)](
-        logits, router_norm, inputs.count, out, router_eps, threshold,
+        logits, router.norm, inputs.count, out, router.eps, router.threshold,
         E=E, BLOCK_E=triton.next_power_of_2(E), num_warps=1, **launch(x),
     )  # fmt: skip
     return x, normed
@@ -106,39 +100,32 @@ def norm_route(
 
 def norm_route_experts(
     x: Tensor,
-    weight: Tensor,
+    router: Router,
     *,
     norm: Tensor,
     eps: float,
     branch: Tensor | None = None,
     scale: float = 1.0,
-    router_norm: Tensor,
-    router_eps: float,
-    float32: bool,
-    threshold: float,
     inputs: StepInputs,
     out: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    residual: dict[str, Any] = {"eps": eps, "branch": branch, "scale": scale, "float32": float32}
     if takes_token_kernel(x, up_proj, down_proj, out, backend=backend):
-        x, normed, logits = _norm_logits(x, weight, norm, **residual)
-        router = RouterLogits(logits, router_norm, router_eps, threshold)
+        x, normed, logits = _norm_logits(x, router, norm=norm, eps=eps, branch=branch, scale=scale)
+        left = RouterLogits(logits, router.norm, router.eps, router.threshold)
         pdl = has_dependent_launch(x.device)
-        return x, ffn_of_one_token(normed, up_proj, down_proj, out, router=router, pdl=pdl)
-    x, normed = norm_route(
-        x, weight, norm=norm, **residual, router_norm=router_norm, router_eps=router_eps, threshold=threshold,
-        inputs=inputs, out=out,
-    )  # fmt: skip
+        return x, ffn_of_one_token(normed, up_proj, down_proj, out, router=left, pdl=pdl)
+    x, normed = norm_route(x, router, norm=norm, eps=eps, branch=branch, scale=scale, inputs=inputs, out=out)
     return x, sparse_ffn(normed, up_proj, down_proj, out, backend=backend)
 
 
 def _norm_logits(
-    x: Tensor, weight: Tensor, norm: Tensor, *, eps: float, branch: Tensor | None, scale: float, float32: bool
+    x: Tensor, router: Router, *, norm: Tensor, eps: float, branch: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The residual sum, its norm, and the router's logits `[T, E]`."""
+    weight, float32 = router.weight, router.float32
     (T, D), E = x.shape, len(weight)
     if T > 1:
         total, normed = add_norm(x, norm, eps=eps, branch=branch, scale=scale)
