@@ -338,7 +338,7 @@ class ProductRow:
 @torch.no_grad()
 def time_products(benches: list[Bench], bandwidth: float) -> list[ProductRow]:
     """A product of each layer's own weights, by our kernel and by cuBLAS, in microseconds a layer."""
-    from blockffn.ops.decode.triton_linear import row_linear
+    from blockffn.ops.decode.triton_linear import dot_linear, row_linear
 
     sparse, dense = (list(bench.model.model.layers) for bench in benches)
     products = {
@@ -357,7 +357,7 @@ def time_products(benches: list[Bench], bandwidth: float) -> list[ProductRow]:
             x = torch.randn(T, weights[0].shape[1], device=clock.device, dtype=weights[0].dtype)
             runs: dict[Any, Callable[[], object]] = {
                 way: clock.graph(functools.partial(each, way, x, weights))
-                for way in (row_linear, torch.nn.functional.linear)
+                for way in (row_linear if T == 1 else dot_linear, torch.nn.functional.linear)
             }
             ours, cublas = (time / len(weights) for time in clock.medians(runs).values())
             floor = weights[0].nbytes / bandwidth * 1e6

@@ -21,8 +21,8 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
-DTYPES = [torch.float32, *([torch.bfloat16] if HAS_GPU else [])]
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.fixture
@@ -72,13 +72,21 @@ def test_norm_and_product(triton: ModuleType, T: int, D: int, N: int, has_branch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "D", "N"), [(1, 30, 5), (1, 4500, 9), (2, 32, 8), (3, 4500, 9), (4, 17, 70), (5, 32, 8)])
+@pytest.mark.parametrize(
+    ("T", "D", "N"), [(1, 30, 5), (1, 4500, 9), (2, 32, 8), (3, 4500, 9), (8, 17, 150), (9, 32, 8)]
+)
 def test_product(triton: ModuleType, T: int, D: int, N: int, dtype: torch.dtype) -> None:
     x, weight = randn(T, D, dtype=dtype), randn(N, D, dtype=dtype)
     assert_close("product", triton.linear(x, weight), reference.linear(x, weight))
     wide = triton.linear(x, weight, float_output=True)
     assert wide.dtype == torch.float32
     assert (wide - reference.linear(x.float(), weight.float())).norm() <= 8e-3 * wide.norm()
+
+
+def test_a_product_with_a_part_of_each_row(triton: ModuleType) -> None:
+    rows = randn(5, 48, dtype=torch.float16)
+    weight = randn(20, 32, dtype=torch.float16)
+    assert_close("product", triton.linear(rows[:, 16:], weight), reference.linear(rows[:, 16:], weight))
 
 
 def test_a_long_gated_product_takes_several_rounds(triton: ModuleType) -> None:
@@ -89,7 +97,7 @@ def test_a_long_gated_product_takes_several_rounds(triton: ModuleType) -> None:
 
 @pytest.mark.parametrize("float32", [False, True])
 @pytest.mark.parametrize("threshold", [0.0, 0.7])
-@pytest.mark.parametrize(("T", "count", "E"), [(1, 1, 6), (1, 1, 130), (4, 3, 9)])
+@pytest.mark.parametrize(("T", "count", "E"), [(1, 1, 6), (1, 1, 130), (4, 3, 9), (27, 27, 130)])
 def test_routing(triton: ModuleType, T: int, count: int, E: int, threshold: float, float32: bool) -> None:
     x, branch, norm, weight, router_norm = randn(T, 32), randn(T, 32), randn(32), randn(E, 32), randn(E)
     inputs = step_inputs(T, length=5, count=count)
@@ -346,10 +354,11 @@ def test_attention_at_real_widths(triton: ModuleType, T: int, count: int, length
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_at_real_widths(triton: ModuleType, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("T", [1, 2, 8, 16])
+def test_products_at_real_widths(triton: ModuleType, T: int, dtype: torch.dtype) -> None:
     norm = randn(2048, dtype=dtype)
     for N, D in ((3072, 2048), (10960, 2048), (2048, 10960)):
-        x, weight, up = (randn(*shape, dtype=dtype) / D**0.25 for shape in ((1, D), (N, D), (N, D)))
+        x, weight, up = (randn(*shape, dtype=dtype) / D**0.25 for shape in ((T, D), (N, D), (N, D)))
         assert_close(f"{N} x {D}", triton.linear(x, weight), reference.linear(x, weight))
         if len(norm) == D:
             actual, expected = (ops.norm_linear(x, weight, norm=norm, eps=1e-5, up=up) for ops in (triton, reference))

@@ -1,7 +1,8 @@
 """The operations of a decode step on a GPU; `reference` says what each computes. Imports Triton.
 
-Up to four tokens: products are kernels of our own, which have their first weights in flight before they wait for the
-kernel before them (programmatic dependent launch); for one token they compute the norm, too. More tokens: cuBLAS.
+Up to eight tokens: products are kernels of our own, which have their first weights in flight before they wait for the
+kernel before them (programmatic dependent launch); for one token they compute the norm, too. More tokens, or several in
+float32: cuBLAS.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from blockffn.ops.sparse_ffn.triton_parts import let_next_kernel_start, silu, wa
 
 TILE_BYTES = 32 << 10
 MAX_COLUMNS = 2048  # of a tile that is not a whole row
-MAX_ROW_TOKENS = 4  # that a product takes row by row; more go to cuBLAS
+MAX_DOT_TOKENS = 8  # that a product of our own takes; more go to cuBLAS
+DOT_ROWS, DOT_COLUMNS = 16, 256  # of a weight, that a warp takes at once
 PROGRAMS = 3  # per processor, of a product after a norm: each computes the norm once
 
 
@@ -97,33 +98,59 @@ def _norm_linear_kernel(
 
 @triton.jit
 def _linear_kernel(
-    x_ptr, weight_ptr, out_ptr, N, x_stride,
-    T: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """out[t] = weight . x[t], in steps of `BLOCK_D` columns with one step in flight; few tokens, one by one."""
+    x_ptr, weight_ptr, out_ptr, N, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr
+):
+    """One token: out = weight . x, in steps of `BLOCK_D` columns with one step in flight."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_D)
-    tokens = tl.arange(0, TOKENS)
     at = rows.to(tl.int64)[:, None] * D + columns[None, :]
     wanted = (rows < N)[:, None]
     tile = tl.load(weight_ptr + at, mask=wanted & (columns < D)[None, :], other=0.0)
     let_next_kernel_start(PDL)
     wait_for_previous_kernel(PDL)
-    out = tl.zeros([TOKENS, ROWS], tl.float32)
+    out = tl.zeros([ROWS], tl.float32)
     start = 0
     while start < D:
         current = tile
-        tile = tl.load(
-            weight_ptr + at + start + BLOCK_D, mask=wanted & (start + BLOCK_D + columns < D)[None, :], other=0.0
-        )
-        for t in tl.static_range(T):
-            x = tl.load(x_ptr + t * x_stride + start + columns, mask=start + columns < D, other=0.0).to(tl.float32)
-            product = tl.sum(current.to(tl.float32) * x[None, :], axis=1)
-            out += tl.where(tokens == t, 1.0, 0.0)[:, None] * product[None, :]
+        x = tl.load(x_ptr + start + columns, mask=start + columns < D, other=0.0).to(tl.float32)
         start += BLOCK_D
-    mask = (tokens < T)[:, None] & (rows < N)[None, :]
-    tl.store(out_ptr + tokens[:, None] * N + rows[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+        tile = tl.load(weight_ptr + at + start, mask=wanted & (start + columns < D)[None, :], other=0.0)
+        out += tl.sum(current.to(tl.float32) * x[None, :], axis=1)
+    tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
+def _dot_linear_kernel(
+    x_ptr, weight_ptr, out_ptr, N, T, x_stride,
+    TOKENS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """out[t] = weight . x[t] on tensor cores, in steps of `PARTS * BLOCK_D` columns with one step in flight.
+
+    Each warp sums its own part of the columns: one chain of products is slower.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, PARTS)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    tokens = tl.arange(0, TOKENS)
+    at = weight_ptr + rows.to(tl.int64)[None, :, None] * D + columns[:, None, :]
+    wanted, present = (rows < N)[None, :, None], (tokens < T)[None, None, :]
+    tile = tl.load(at, mask=wanted & (columns < D)[:, None, :], other=0.0)
+    let_next_kernel_start(PDL)
+    wait_for_previous_kernel(PDL)
+    parts = tl.zeros([PARTS, ROWS, TOKENS], tl.float32)
+    start = 0
+    while start < D:
+        current = tile
+        x = tl.load(
+            x_ptr + tokens[None, None, :] * x_stride + start + columns[:, :, None],
+            mask=present & (start + columns < D)[:, :, None], other=0.0,
+        )  # fmt: skip
+        start += PARTS * BLOCK_D
+        tile = tl.load(at + start, mask=wanted & (start + columns < D)[:, None, :], other=0.0)
+        parts = tl.dot(current, x, parts, input_precision="ieee")
+    out = tl.sum(parts, axis=0).to(out_ptr.dtype.element_ty)
+    mask = (tokens < T)[None, :] & (rows < N)[:, None]
+    tl.store(out_ptr + tokens[None, :] * N + rows[:, None], out, mask=mask)
 
 
 @triton.jit
@@ -185,22 +212,37 @@ def norm_linear(
 
 
 def linear(x: Tensor, weight: Tensor, *, float_output: bool = False) -> Tensor:
-    if len(x) <= MAX_ROW_TOKENS:
+    if len(x) == 1:
         return row_linear(x, weight, float_output=float_output)
+    if len(x) <= MAX_DOT_TOKENS and x.element_size() == 2:
+        return dot_linear(x, weight, float_output=float_output)
     out = F.linear(x, weight)
     return out.float() if float_output else out
 
 
 def row_linear(x: Tensor, weight: Tensor, *, float_output: bool = False) -> Tensor:
-    """`linear` by the kernel that takes tokens one by one, for any number of them that is worth it."""
-    T, (N, D) = len(x), weight.shape
-    out = torch.empty(T, N, dtype=torch.float32 if float_output else x.dtype, device=x.device)
+    """`linear` of one token."""
+    N, D = weight.shape
+    out = torch.empty(1, N, dtype=torch.float32 if float_output else x.dtype, device=x.device)
     block_d = min(triton.next_power_of_2(D), MAX_COLUMNS)
     # Where rows are longer than a tile, the next one is in flight beside it.
     rows = rows_of_tile(block_d, weight, tiles=1 if block_d >= D else 2)
     _linear_kernel[(triton.cdiv(N, rows),)](
-        x, weight, out, N, x.stride(0), T=T, TOKENS=triton.next_power_of_2(T), D=D, BLOCK_D=block_d, ROWS=rows,
-        num_warps=warps_of_row(block_d), **launch(x),
+        x, weight, out, N, D=D, BLOCK_D=block_d, ROWS=rows, num_warps=warps_of_row(block_d), **launch(x)
+    )
+    return out
+
+
+def dot_linear(x: Tensor, weight: Tensor, *, float_output: bool = False) -> Tensor:
+    """`linear` of a few tokens in 16 bits."""
+    T, (N, D) = len(x), weight.shape
+    out = torch.empty(T, N, dtype=torch.float32 if float_output else x.dtype, device=x.device)
+    programs = triton.cdiv(N, DOT_ROWS)
+    # What was fastest on an H100: few programs have all their bytes in flight, of many each needs less.
+    parts = 8 if programs <= 2 * num_processors(x.device) else 2
+    _dot_linear_kernel[(programs,)](
+        x, weight, out, N, T, x.stride(0), TOKENS=max(8, triton.next_power_of_2(T)), D=D, ROWS=DOT_ROWS, PARTS=parts,
+        BLOCK_D=DOT_COLUMNS, num_warps=parts, **launch(x),
     )  # fmt: skip
     return out
 

@@ -7,25 +7,26 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from blockffn.ops.decode.inputs import Router, StepInputs
-from blockffn.ops.decode.triton_linear import add_norm, launch, rows_of_tile, sum_and_norm, warps_of_row
-from blockffn.ops.gpu import has_dependent_launch
+from blockffn.ops.decode.triton_linear import launch, rows_of_tile, sum_and_norm, warps_of_row
+from blockffn.ops.gpu import has_dependent_launch, num_processors
 from blockffn.ops.sparse_ffn import sparse_ffn, takes_token_kernel
 from blockffn.ops.sparse_ffn.triton_parts import let_next_kernel_start, relu_rmsnorm, wait_for_previous_kernel
 from blockffn.ops.sparse_ffn.triton_token import RouterLogits, ffn_of_one_token
 
-LEAST_PROGRAMS = 64  # that share the rows of a router, which are few
+# Programs that share the rows of a router, which are few, and the tokens: at least, and per processor at most.
+LEAST_PROGRAMS = 64
+MOST_PROGRAMS = 4
 
 
 @triton.jit
 def _norm_logits_kernel(
-    x_ptr, branch_ptr, norm_ptr, weight_ptr, sum_ptr, normed_ptr, logits_ptr, scale, eps,
-    E: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, branch_ptr, norm_ptr, weight_ptr, sum_ptr, normed_ptr, logits_ptr, scale, eps, T, x_stride, branch_stride,
+    E: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     BRANCH: tl.constexpr, ROUND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token: each program multiplies a few rows of the router; the first stores the sum and its norm."""
+    """Each program multiplies a few rows of the router with `TOKENS` tokens; the first ones store sums and norms."""
     columns = tl.arange(0, BLOCK_D)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = columns < D
@@ -36,15 +37,19 @@ def _norm_logits_kernel(
     let_next_kernel_start(PDL)
     wait_for_previous_kernel(PDL)
     dtype: tl.constexpr = normed_ptr.dtype.element_ty
-    x, normed = sum_and_norm(x_ptr, branch_ptr, norm, columns, scale, eps, D, BRANCH, dtype)
-    if tl.program_id(0) == 0:
-        if BRANCH:
-            tl.store(sum_ptr + columns, x.to(dtype), mask=inside)
-        tl.store(normed_ptr + columns, normed.to(dtype), mask=inside)
-    logits = tl.sum(tile.to(tl.float32) * normed[None, :], axis=1)
-    if ROUND:
-        logits = logits.to(dtype).to(tl.float32)
-    tl.store(logits_ptr + rows, logits, mask=rows < E)
+    for i in tl.static_range(TOKENS):
+        token = tl.minimum(tl.program_id(1) * TOKENS + i, T - 1)
+        x, normed = sum_and_norm(
+            x_ptr + token * x_stride, branch_ptr + token * branch_stride, norm, columns, scale, eps, D, BRANCH, dtype
+        )
+        if tl.program_id(0) == 0:
+            if BRANCH:
+                tl.store(sum_ptr + token * D + columns, x.to(dtype), mask=inside)
+            tl.store(normed_ptr + token * D + columns, normed.to(dtype), mask=inside)
+        logits = tl.sum(tile.to(tl.float32) * normed[None, :], axis=1)
+        if ROUND:
+            logits = logits.to(dtype).to(tl.float32)
+        tl.store(logits_ptr + token * E + rows, logits, mask=rows < E)
 
 
 @triton.jit
@@ -125,18 +130,17 @@ def _norm_logits(
     x: Tensor, router: Router, *, norm: Tensor, eps: float, branch: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The residual sum, its norm, and the router's logits `[T, E]`."""
-    weight, float32 = router.weight, router.float32
-    (T, D), E = x.shape, len(weight)
-    if T > 1:
-        total, normed = add_norm(x, norm, eps=eps, branch=branch, scale=scale)
-        return total, normed, F.linear(normed.float(), weight.float()) if float32 else F.linear(normed, weight)
-    normed, logits = torch.empty_like(x), torch.empty(1, E, dtype=torch.float32, device=x.device)
-    total = x if branch is None else torch.empty_like(x)
+    (T, D), E = x.shape, len(router.weight)
+    normed = torch.empty(T, D, dtype=x.dtype, device=x.device)
+    logits = torch.empty(T, E, dtype=torch.float32, device=x.device)
+    total, other = (x, x) if branch is None else (torch.empty_like(normed), branch)
     block_d = triton.next_power_of_2(D)
-    rows = min(rows_of_tile(block_d, weight), triton.next_power_of_2(triton.cdiv(E, LEAST_PROGRAMS)))
-    _norm_logits_kernel[(triton.cdiv(E, rows),)](
-        x, x if branch is None else branch, norm, weight, total, normed, logits, scale, eps,
-        E=E, D=D, BLOCK_D=block_d, ROWS=rows, BRANCH=branch is not None, ROUND=not float32,
+    least_rows = triton.next_power_of_2(triton.cdiv(E * T, LEAST_PROGRAMS))
+    rows = min(rows_of_tile(block_d, router.weight), least_rows)
+    tokens = triton.next_power_of_2(triton.cdiv(T * triton.cdiv(E, rows), MOST_PROGRAMS * num_processors(x.device)))
+    _norm_logits_kernel[(triton.cdiv(E, rows), triton.cdiv(T, tokens))](
+        x, other, norm, router.weight, total, normed, logits, scale, eps, T, x.stride(0), other.stride(0),
+        E=E, D=D, BLOCK_D=block_d, ROWS=rows, TOKENS=tokens, BRANCH=branch is not None, ROUND=not router.float32,
         num_warps=warps_of_row(block_d), **launch(x),
     )  # fmt: skip
     return total, normed, logits

@@ -74,16 +74,17 @@ def choose_config(num_tokens: int, num_experts: int) -> UnionConfig:
     """What was fastest on an H100 at D 2048, F 128 and unions of 31 and 100 %, as far as it was measured.
 
     Few tokens need all their bytes in flight at once. More tokens need fewer re-reads of `x`, hence wide blocks, where
-    these keep the processors busy: from 17 tokens a third of a block for each does, with fewer tokens most of one. More
+    these keep the processors busy: from 17 tokens a third of a block for each does, with fewer tokens a whole one. More
     experts need more programs.
     """
     many = num_experts > 64
     if num_tokens <= 8:
         return UnionConfig(16, 512, 4 if many else 5, 3 if many else 2, down_warps=4, splits=16)
     if num_tokens <= 16:
-        return UnionConfig(16, 512, 4, 2, down_warps=8, splits=8, wide_rows=64, wide_blocks=0.75)
+        return UnionConfig(16, 512, 4, 2, down_warps=8, splits=8, wide_rows=32, wide_stages=5, wide_blocks=1.0)
     if num_tokens <= 32:
-        return UnionConfig(16, 512, 3, 2, down_warps=8, splits=8, wide_rows=64, wide_stages=4)
+        stages = 4 if many else 5
+        return UnionConfig(16, 512, 3, 2, down_warps=8, splits=8, wide_rows=64, wide_stages=stages)
     if many:
         return UnionConfig(32, 256, 2, 2, down_warps=8, splits=8, wide_rows=64)
     return UnionConfig(32, 256, 2, 1, down_warps=8, splits=8, wide_rows=64, wide_stages=4)
