@@ -286,5 +286,5 @@ def _run(
     _join_kernel[(T * groups, kv_heads)](
         inputs.length, partial, largest, total, out, out.stride(0),
         GROUPS=groups, W=width, BLOCK_W=block_w, BLOCK_M=block_m, BLOCK_N=block_n, USED_M=used_m, SPLITS=splits,
-        MAX_SLOTS=max_slots, num_warps=4, **launch(out),
+        MAX_SLOTS=max_slots, num_warps=1 if T == 1 else 2, **launch(out),  # on an H100 4 take 1 µs more
     )  # fmt: skip

@@ -50,9 +50,11 @@ def _rows_kernel(
     ranks = tl.cumsum(active.to(tl.int32), axis=0)
     steps: tl.constexpr = F // ROWS
     partial = tl.zeros([BLOCK_D], tl.float32)
-    for item in range(tl.program_id(0), tl.max(ranks, axis=0) * steps, tl.num_programs(0)):
-        chosen = active & (ranks == item // steps + 1)
-        expert = tl.sum(tl.where(chosen, experts, 0), axis=0).to(tl.int64)  # so that offsets do not overflow
+    item = tl.program_id(0)
+    chosen = active & (ranks == item // steps + 1)
+    place = tl.sum(tl.where(chosen, experts + 1, 0), axis=0)  # of the expert, counted from 1; 0 past the last one
+    while place > 0:
+        expert = place.to(tl.int64) - 1  # so that offsets do not overflow
         rows = expert * F + (item % steps) * ROWS + tl.arange(0, ROWS)
         at = rows[:, None] * D + columns[None, :]
         up = tl.load(up_ptr + at, mask=inside[None, :], other=0.0)
@@ -61,6 +63,9 @@ def _rows_kernel(
             weight = tl.sum(tl.where(chosen, weights, 0.0), axis=0)
         else:
             weight = tl.load(weights_ptr + expert).to(tl.float32)
+        item += tl.num_programs(0)
+        chosen = active & (ranks == item // steps + 1)
+        place = tl.sum(tl.where(chosen, experts + 1, 0), axis=0)
         hidden = silu(tl.sum(up.to(tl.float32) * x[None, :], axis=1)) * weight
         partial += tl.sum(down.to(tl.float32) * hidden[:, None], axis=0)
     tl.store(partial_ptr + tl.program_id(0) * D + columns, partial, mask=inside)
