@@ -62,7 +62,7 @@ def pays_triton(
     """Whether `auto` takes these kernels: for inference on up to 64 tokens, in float32 up to 32 (not measured).
 
     The union, which the host cannot know without waiting for the GPU, does not matter: with every expert in it, 16 to
-    32 tokens took 0.85 to 0.97 and 64 tokens 1.02 to 1.04 times as long as the dense product in bfloat16 (launch shapes
+    32 tokens took 0.82 to 0.98 and 64 tokens 1.02 to 1.04 times as long as the dense product in bfloat16 (launch shapes
     tuned on an H100, D 2048). More tokens and training pay only where a small share of the pairs is active; name the
     backend there.
     """
