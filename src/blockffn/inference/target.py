@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from blockffn.wording import counted
@@ -35,24 +34,23 @@ class Target(Protocol):
         """Forget all tokens."""
         ...
 
-    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
+    def extend(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> Step:
         """Run tokens without committing any. A second extend without commit is an error.
 
         The position of a token is `length` plus its depth. It attends to all committed tokens, itself and its
         ancestors.
 
         Args:
-            tokens: `[T]` int64.
-            parents: `[T]` int64, indices into this call with `parents[i] < i`, -1 for the last committed token; `None`:
-                a chain.
+            parents: of each token an index into this call with `parents[i] < i`, -1 for the last committed token;
+                `None`: a chain.
         """
         ...
 
-    def commit(self, kept: Tensor) -> None:
+    def commit(self, kept: Sequence[int]) -> None:
         """Commit tokens of the last extend; the others vanish.
 
         Args:
-            kept: `[K]` indices into the last extend: a path from a root, in order.
+            kept: indices into the last extend: a path from a root, in order.
         """
         ...
 
@@ -67,8 +65,8 @@ class Step:
             dtype of the model.
         union: `[L]` int64, experts that the tokens activate together, per layer with experts; `None` for dense models.
         active: `[L, T]` int64, experts active per token; `None` for dense models.
-        choices: `[T]` int64, the first token with the largest logit behind each, where the target was asked for the
-            best one alone (`ask_best`, `expect_choices`) and knows it; `None`: see `logits`.
+        choices: the first token with the largest logit behind each of the `T`, where the target was asked for the best
+            one alone (`ask_best`, `expect_choices`) and knows it; `None`: see `logits`.
         head_share: share of the head that was read as it is stored; `None`: the target always reads it whole.
     """
 
@@ -77,11 +75,11 @@ class Step:
     union: Tensor | None = None
     active: Tensor | None = None
     head_share: float | None = None
-    choices: Tensor | None = None
+    choices: list[int] | None = None
 
 
-def prefill(target: Target, tokens: Tensor) -> Step:
-    """Commit a prompt `[T]`. The step has the logits of the last token only, `[1, V]`, and the hidden states of all.
+def prefill(target: Target, tokens: Sequence[int]) -> Step:
+    """Commit a prompt. The step has the logits of the last token only, `[1, V]`, and the hidden states of all.
 
     A target that can do this in less memory has a method `prefill` of its own, which is called instead.
     """
@@ -90,7 +88,7 @@ def prefill(target: Target, tokens: Tensor) -> Step:
         step: Step = own(tokens)
         return step
     step = target.extend(tokens)
-    target.commit(torch.arange(len(tokens)))
+    target.commit(range(len(tokens)))
     return Step(step.logits[-1:], step.hidden, step.union, step.active)
 
 

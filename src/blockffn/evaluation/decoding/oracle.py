@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from blockffn.configuration import BlockFFNConfig
+from blockffn.inference.ids import Ids, listed
 from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.growth import BestNodes, Budget, Expand, Growth, grow, top_children
 from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
@@ -68,16 +69,16 @@ class OracleDrafter:
         """What the target says behind a prompt. Behind others every proposal is wrong."""
         self._texts[tuple(prompt)] = [*prompt, *continuation]
 
-    def start(self, prompt: Tensor) -> None:
-        self._text = self._texts.get(tuple(prompt.tolist()), [])
+    def start(self, prompt: Ids) -> None:
+        self._text = self._texts.get(tuple(listed(prompt)), [])
         self._positions = {}
         for place in range(len(prompt), len(self._text)):  # now: while decoding, their time would count as the draft's
             self.position(place)
 
-    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
+    def observe(self, tokens: Ids, hidden: Tensor) -> None:
         """Nothing to learn."""
 
-    def propose(self, context: Tensor, budget: Budget, *, beside: Expand | None = None) -> DraftTree:
+    def propose(self, context: Ids, budget: Budget, *, beside: Expand | None = None) -> DraftTree:
         """See `Drafter`. `beside`: asked for every level as well, for the time it takes."""
         length = len(context)
         top_k, depth, size = self.growth.within(budget)
@@ -86,7 +87,7 @@ class OracleDrafter:
         top_k = min(top_k, BRANCHES)
         expand = _Levels(self, length, top_k, beside)
         ranks = grow(expand, top_k=top_k, depth=depth, size=size, least=budget.least)
-        return DraftTree(self._tokens(ranks, length), ranks.parents, ranks.log_probs)
+        return DraftTree(self._tokens(ranks, length), ranks.parent_list, ranks.log_prob_list)
 
     def position(self, place: int) -> _Position:
         """Of the token at a place of the text. What follows a wrong token is as easy as what follows the right one."""
@@ -108,11 +109,11 @@ class OracleDrafter:
             self._positions[place] = _Position(log_probs, first_choice, right)
         return self._positions[place]
 
-    def _tokens(self, ranks: DraftTree, length: int) -> Tensor:
+    def _tokens(self, ranks: DraftTree, length: int) -> list[int]:
         """A node is right if its parent is and it is the choice that is right at its place."""
         on_text = {ROOT}
         tokens = []
-        chosen, depths = ranks.tokens.tolist(), ranks.depth.tolist()
+        chosen, depths = ranks.token_list, ranks.depths
         for node, parent in enumerate(ranks.parent_list):
             place = length + depths[node] - 1
             right = self._text[place] if place < len(self._text) else None
@@ -120,9 +121,9 @@ class OracleDrafter:
                 on_text.add(node)
                 tokens.append(right)
                 continue
-            wrong = random.Random(f"{self._seed} {place} {node} {chosen[node]}").randrange(self._vocab_size - 1)
+            wrong = hash((self._seed, place, node, chosen[node])) % (self._vocab_size - 1)
             tokens.append(wrong if right is None or wrong < right else wrong + 1)
-        return torch.tensor(tokens, dtype=torch.int64)
+        return tokens
 
 
 class _Levels:
@@ -138,15 +139,15 @@ class _Levels:
     def __call__(self, tree: DraftTree, nodes: list[int]) -> Tensor:
         if self._beside is not None:
             top_children(self._beside, tree, nodes, self._top_k)
-        depths = [0 if node == ROOT else int(tree.depth[node]) for node in nodes]
+        depths = [0 if node == ROOT else tree.depths[node] for node in nodes]
         return torch.stack([self._oracle.position(self._length + depth).log_probs for depth in depths])
 
     @property
-    def chain(self) -> Callable[[int, float], tuple[Tensor, Tensor]] | None:
+    def chain(self) -> Callable[[int, float], tuple[list[int], list[float]]] | None:
         """See `Expand`."""
         return self._run_chain if self._runs_chains else None
 
-    def _run_chain(self, count: int, least: float) -> tuple[Tensor, Tensor]:
+    def _run_chain(self, count: int, least: float) -> tuple[list[int], list[float]]:
         choices: list[int] = []
         values: list[float] = []
         while len(values) < count and sum(values) >= least:
@@ -155,7 +156,7 @@ class _Levels:
             values.append(value)
         if self._beside is not None:
             self._beside.chain(len(values), -math.inf)  # type: ignore[attr-defined]
-        return torch.tensor(choices), torch.tensor(values)
+        return choices, values
 
 
 class PricedDrafter:
@@ -172,15 +173,15 @@ class PricedDrafter:
         self._growth = _OraclesTree(oracle)
         self._price = price(self._growth)
 
-    def start(self, prompt: Tensor) -> None:
+    def start(self, prompt: Sequence[int]) -> None:
         self._price.start(prompt)
         self._oracle.start(prompt)
 
-    def propose(self, context: Tensor, budget: Budget) -> DraftTree:
+    def propose(self, context: Sequence[int], budget: Budget) -> DraftTree:
         self._growth.context = context
         return self._price.propose(context, budget)
 
-    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
+    def observe(self, tokens: Sequence[int], hidden: Tensor) -> None:
         self._price.observe(tokens, hidden)
 
 
@@ -188,7 +189,7 @@ class _OraclesTree:
     """A `Growth` that asks for the distributions of the oracle's nodes and takes the oracle's word."""
 
     deterministic: ClassVar[bool] = True
-    context: Tensor
+    context: Sequence[int]
 
     def __init__(self, oracle: OracleDrafter) -> None:
         self._oracle = oracle

@@ -121,19 +121,19 @@ def calibrate(
     sizes = [size for size in sizes if size < target.capacity]
     context = max(1, min(context, target.capacity - max(sizes, default=0)))
     target.reset()
-    target.extend(torch.randint(target.vocab_size, (context,), generator=generator))
-    target.commit(torch.arange(context))
+    target.extend(torch.randint(target.vocab_size, (context,), generator=generator).tolist())
+    target.commit(range(context))
     measurements = []
     for size in sizes:
-        different = torch.randint(target.vocab_size, (size,), generator=generator)
-        for tokens in (different, different[:1].expand(size).contiguous()):
+        different = torch.randint(target.vocab_size, (size,), generator=generator).tolist()
+        for tokens in (different, different[:1] * size):
             times = []
             for _ in range(rounds + 1):
                 begin = clock()
-                step = target.extend(tokens, torch.full((size,), -1))
+                step = target.extend(tokens, [-1] * size)
                 float(step.logits[-1, 0])  # waits for a device that works asynchronously
                 times.append(1000 * (clock() - begin))
-                target.commit(torch.empty(0, dtype=torch.int64))
+                target.commit([])
                 if len(times) > 1 and clock() - begun > seconds:
                     break
             measurements.append(Measurement(size, *union_and_pairs(step), statistics.median(times[1:])))
@@ -182,7 +182,7 @@ def _time_proposals(
 ) -> list[tuple[float, int]]:
     """Milliseconds and levels (1 at least) of proposals, each behind so many more random tokens, as far as they fit."""
     total = min(sum(new for new, _ in turns) + 1, target.capacity)
-    tokens = torch.randint(target.vocab_size, (total,), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(target.vocab_size, (total,), generator=torch.Generator().manual_seed(0)).tolist()
     target.reset()
     drafter.start(tokens[: turns[0][0]])
     committed, found = 0, []
@@ -191,7 +191,7 @@ def _time_proposals(
         if committed + len(new) >= total:
             break
         step = target.extend(new)
-        target.commit(torch.arange(len(new)))
+        target.commit(range(len(new)))
         drafter.observe(new, step.hidden)
         committed += len(new)
         begin = clock()

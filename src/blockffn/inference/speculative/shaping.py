@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from blockffn.inference.speculative.cost import CostModel, DraftingCost, union_and_pairs
 from blockffn.inference.speculative.drafting import STEPS, Drafted, WayOfDrafting, first_choices
 from blockffn.inference.speculative.estimates import (
@@ -216,7 +214,7 @@ class CostAwareShaper:
             self._hopes = {place: reach[node] for place, node in enumerate(sorted(nodes)) if node not in net}
         self._begun = self._now()
         self._way.shaping = self._begun - began
-        return tree if len(nodes) == len(tree) else tree.subtree(torch.tensor(nodes, dtype=torch.int64))
+        return tree if len(nodes) == len(tree) else tree.subtree(nodes)
 
     def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None:
         """Learn from a verification of root and tree."""
@@ -340,7 +338,7 @@ class CostAwareShaper:
     ) -> list[int]:
         """More nodes than pay, to see whether they are accepted."""
         count = max(WIDER * len(net), 2)
-        nodes = tree.path_log_probs.sort(descending=True, stable=True).indices[:count].sort().values.tolist()
+        nodes = sorted(tree.most_probable(count))
         log_used = prices.union.start() + sum(brings[node] for node in nodes)
         spent = prices.milliseconds(len(nodes) + 1, log_used) - prices.milliseconds(1, prices.union.start())
         worth = sum(reach[node] for node in nodes) - self.rate * spent
