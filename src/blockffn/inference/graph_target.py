@@ -9,7 +9,6 @@ over the same cache.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -189,7 +188,8 @@ class _StepsAhead:
         choice = self._read_choice(length, done)
         if has_room:
             self._begun = (length + 1, choice)
-        return replace(step, choices=[choice])
+        step.choices = [choice]
+        return step
 
     def _launch(self) -> None:
         self._outputs = self._step.run()

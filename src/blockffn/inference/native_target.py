@@ -180,8 +180,10 @@ class NativeTarget:
             step.hidden += 4 * size * self._hidden_size
             step.logits += 4 * step.num_logits * self._padded_vocab
         head_share = None if self._screening is None else strips * 32 / (len(pieces) * self._padded_vocab)
-        logits = logits.narrow(1, 0, self.vocab_size)
-        return Step(logits, hidden, *self._counts(pieces), head_share, choices if self._chooses else None)
+        return Step(
+            logits, hidden, *self._counts(pieces), head_share=head_share, choices=choices if self._chooses else None,
+            vocab_size=self.vocab_size,
+        )  # fmt: skip
 
     def _counters(self, size: int, *, apart: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Where the step counts the experts of so many tokens: `union [L]`, `active [L, T]`, and, where tokens are kept
@@ -196,13 +198,13 @@ class NativeTarget:
 
     def _counts(self, pieces: list[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Tensor | None, Tensor | None]:
         """`union` and `active` of a `Step`."""
-        chosen = self.weights.layers_with_experts
+        chosen, layers = self.weights.layers_with_experts, self._model.num_layers
         if not chosen:
             return None, None
         union, active, _ = pieces[0]
         if len(pieces) > 1:
             active = torch.cat([piece[1] for piece in pieces], dim=1)
             union = torch.cat([piece[2] for piece in pieces if piece[2] is not None], dim=1).any(dim=1).sum(dim=-1)
-        if len(chosen) < len(union):
+        if len(chosen) < layers:
             union, active = union[chosen], active[chosen]
         return union, active

@@ -7,7 +7,6 @@ was accepted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -55,9 +54,12 @@ class Target(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class Step:
     """What running `T` tokens gave.
+
+    Args:
+        vocab_size: where the rows of `logits` are wider, as kernels write them: what lies behind is left out when they
+            are asked for. Greedy decoding knows `choices` and never asks.
 
     Attributes:
         logits: `[T, V]` float32.
@@ -65,17 +67,31 @@ class Step:
             dtype of the model.
         union: `[L]` int64, experts that the tokens activate together, per layer with experts; `None` for dense models.
         active: `[L, T]` int64, experts active per token; `None` for dense models.
+        head_share: share of the head that was read as it is stored; `None`: the target always reads it whole.
         choices: the first token with the largest logit behind each of the `T`, where the target was asked for the best
             one alone (`ask_best`, `expect_choices`) and knows it; `None`: see `logits`.
-        head_share: share of the head that was read as it is stored; `None`: the target always reads it whole.
     """
 
-    logits: Tensor
-    hidden: Tensor
-    union: Tensor | None = None
-    active: Tensor | None = None
-    head_share: float | None = None
-    choices: list[int] | None = None
+    __slots__ = ("_logits", "_vocab_size", "active", "choices", "head_share", "hidden", "union")
+
+    def __init__(
+        self,
+        logits: Tensor,
+        hidden: Tensor,
+        union: Tensor | None = None,
+        active: Tensor | None = None,
+        *,
+        head_share: float | None = None,
+        choices: list[int] | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        self._logits, self._vocab_size = logits, vocab_size
+        self.hidden, self.union, self.active = hidden, union, active
+        self.head_share, self.choices = head_share, choices
+
+    @property
+    def logits(self) -> Tensor:
+        return self._logits if self._vocab_size is None else self._logits[:, : self._vocab_size]
 
 
 def prefill(target: Target, tokens: Sequence[int]) -> Step:

@@ -13,7 +13,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -158,7 +158,7 @@ def calibrate_drafter(
     The target is reset before and after. A cache too short for this is used as far as it goes.
     """
     context = max(min(DRAFT_CONTEXT, (target.capacity - 3 * DRAFT_ROUNDS - 1) // (DRAFT_ROUNDS + 1)), 1)
-    one = replace(most, depth=1)
+    one = most._replace(depth=1)
     turns = [(context, most), *[(1, one), (1, most), (context, one)] * DRAFT_ROUNDS]
     found = _time_proposals(target, drafter, turns, clock)[1:]  # the first may allocate
     short, long, behind = (statistics.median(spent for spent, _ in found[kind::3]) for kind in range(3))

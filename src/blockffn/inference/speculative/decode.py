@@ -18,7 +18,7 @@ from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.growth import Budget
 from blockffn.inference.speculative.statistics import SpeculationStatistics
 from blockffn.inference.speculative.tree import DraftTree, no_tree
-from blockffn.inference.speculative.verify import Verdict, verify
+from blockffn.inference.speculative.verify import Verdict, verify, verify_greedy
 from blockffn.inference.target import Step, Target, check_request
 
 MOST = Budget(nodes=63, depth=16)
@@ -98,12 +98,7 @@ def speculate(target: Target, speculation: Speculation, request: Request) -> Ite
         recorder.lap("draft")
         step = target.extend(tokens, parents)
         recorder.lap("decode")
-        if len(tree):
-            verdict = verify(
-                tree, step.logits, request.settings, context=context, generator=generator, choices=step.choices
-            )
-        else:
-            verdict = Verdict([], next_token(step, request, generator))
+        verdict = _verdict(tree, step, request, generator)
         block = [*(tree.token_list[node] for node in verdict.path), verdict.bonus]
         taken = request.take(block)
         kept = [0, *(node + 1 for node in verdict.path)][:taken]
@@ -126,6 +121,14 @@ def _draft(target: Target, speculation: Speculation, request: Request) -> DraftT
         return no_tree()
     tree = speculation.drafter.propose(request.tokens, budget)
     return shaper.shape(tree) if shaper is not None and len(tree) else tree
+
+
+def _verdict(tree: DraftTree, step: Step, request: Request, generator: torch.Generator) -> Verdict:
+    if not len(tree):
+        return Verdict([], next_token(step, request, generator))
+    if step.choices is not None and request.settings.takes_best:
+        return verify_greedy(tree, step.choices)
+    return verify(tree, step.logits, request.settings, context=request.tokens, generator=generator)
 
 
 def _rows(values: Tensor, kept: list[int]) -> Tensor:

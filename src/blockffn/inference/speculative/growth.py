@@ -9,7 +9,7 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ has fallen below `least`, or where there is none. It is called instead where a t
 """
 
 
-@dataclass(frozen=True)
-class Budget:
+class Budget(NamedTuple):
     """What a tree may have: so many nodes, so many levels.
 
     `least`: the probability that a node's path must have for children to be drafted. It saves time where drafting takes

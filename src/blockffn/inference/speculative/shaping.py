@@ -7,7 +7,7 @@ rate of the whole text. Maximising tokens per millisecond round by round would s
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from blockffn.inference.speculative.cost import CostModel, DraftingCost, union_and_pairs
 from blockffn.inference.speculative.drafting import STEPS, Drafted, WayOfDrafting, first_choices
@@ -181,7 +181,7 @@ class CostAwareShaper:
             self._taken, self._lost = 0, max(self._plain() - 1 / self.rate, 0.0)
         if not self._taken:
             return NOTHING
-        return replace(most, least=STEPS[self._taken - 1], chain=self._way.chain)
+        return most._replace(least=STEPS[self._taken - 1], chain=self._way.chain)
 
     def shape(self, tree: DraftTree) -> DraftTree:
         """The part of the tree that pays, maybe nothing; more of it where this round explores."""

@@ -26,7 +26,6 @@ class Verdict:
 
 def verify(
     tree: DraftTree, logits: Tensor, settings: SamplingSettings, *, context: Sequence[int], generator: torch.Generator,
-    choices: list[int] | None = None,
 ) -> Verdict:  # fmt: skip
     """Accept what plain decoding with these settings would say, or draw as it would draw.
 
@@ -34,10 +33,9 @@ def verify(
         logits: `[N + 1, V]`; row 0 is the root's, row `i + 1` node `i`'s.
         context: tokens up to the root.
         generator: on the device of the logits.
-        choices: the tokens with the largest logits, `N + 1`, where they are known.
     """
     if settings.takes_best:
-        return verify_greedy(tree, logits.argmax(dim=-1).tolist() if choices is None else choices)
+        return verify_greedy(tree, logits.argmax(dim=-1).tolist())
     return verify_sampling(tree, logits, settings, context=context, generator=generator)
 
 
