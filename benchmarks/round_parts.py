@@ -26,6 +26,7 @@ import torch
 from decode_step import FLUSH_BYTES, bytes_read, matrix_bytes
 from on_cpu import read_bandwidth
 from screened_head import Asking
+from torch import Tensor
 
 from blockffn.checkpoints.load import load
 from blockffn.checkpoints.tokenizer import load_tokenizer
@@ -38,6 +39,7 @@ from blockffn.inference.decode import generate
 from blockffn.inference.native_draft import NativeDraft
 from blockffn.inference.native_target import NativeTarget
 from blockffn.inference.statistics import GenerationStatistics
+from blockffn.inference.target import Step
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,23 @@ class Parts:
     model: dict[str, float] = field(default_factory=dict)
 
 
+class _Prompt(Asking):
+    """Remembers what the parts had taken when the prompt was done, `of_prompt`: rounds are what comes after it."""
+
+    def prefill(self, tokens: Tensor) -> Step:
+        step = super().prefill(tokens)
+        self.of_prompt = model_seconds(self._target)
+        return step
+
+
 class Timed:
     """A way of decoding, with what its turns took."""
 
     def __init__(self, decoder: Decoder, target: NativeTarget, *, screened: bool) -> None:
         self.name = decoder.name + (", screened" if screened else "")
         self.target, self.screened = target, screened
-        self.way = Decoder(self.name, Asking(target, 1 if screened else None), decoder.speculation)
+        self._asking = _Prompt(target, 1 if screened else None)
+        self.way = Decoder(self.name, self._asking, decoder.speculation)
         self.network = None if decoder.speculation is None else draft_network(decoder.speculation.drafter)
         self.turns: list[dict[str, Any]] = []
 
@@ -86,31 +98,26 @@ class Timed:
         totals: dict[str, float] = {}
         for prompt in prompts:
             before = self._seconds()
-            prefill = self._prefill_parts(prompt, tokens)
             run = self.way.run(prompt.ids, tokens)
-            after = self._seconds()
+            after, of_prompt = self._seconds(), self._asking.of_prompt
             assert run.statistics is not None
             for key in after:
-                own = after[key] - before[key] - prefill.get(key, 0.0)
+                own = after[key] - of_prompt.get(key, before[key])
                 totals[key] = totals.get(key, 0.0) + own
             for key, value in counted(run, run.statistics).items():
                 totals[key] = totals.get(key, 0.0) + value
         self.turns.append(totals)
 
-    def _prefill_parts(self, prompt: EncodedPrompt, tokens: int) -> dict[str, float]:
-        """The target's parts of the prompt alone, which `turn` takes off: run once more, for its time."""
-        before = self._seconds()
-        self.target.reset()
-        self.target.prefill(torch.tensor(prompt.ids))
-        after = self._seconds()
-        return {key: 2 * (after[key] - before[key]) for key in after if key.startswith("model.")}
-
     def _seconds(self) -> dict[str, float]:
-        seconds = {f"model.{part}": value for part, value in self.target.seconds.items()}
+        seconds = model_seconds(self.target)
         if self.network is not None:
             seconds |= {f"draft.{part}": value for part, value in self.network.seconds.items()}
             seconds["runs"] = self.network.runs
         return seconds
+
+
+def model_seconds(target: NativeTarget) -> dict[str, float]:
+    return {f"model.{part}": value for part, value in target.seconds.items()}
 
 
 def counted(run: Run, of: GenerationStatistics) -> dict[str, float]:

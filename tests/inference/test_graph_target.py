@@ -174,7 +174,7 @@ class Ahead:
         actual, expected = (target.extend(torch.tensor(tokens), parents) for target in self.targets)
         assert_steps_equal(actual, expected)
         best = int(expected.logits[-1].argmax())
-        assert actual.choices is None or actual.choices.tolist() == [best]
+        assert actual.choices is None or actual.choices == [best]
         assert (actual.choices is not None) == (len(tokens) == 1)
         for target in self.targets:
             target.commit(torch.tensor(kept, dtype=torch.long))
@@ -298,11 +298,11 @@ def check_kept(target: GraphTarget) -> None:
         step = target.extend(torch.tensor([token]))
         assert_steps_equal(step, plain.extend(torch.tensor([token])))
         plain.commit(torch.arange(1))
-        kept.append((step, [t.clone() for t in (step.logits, step.hidden, step.active, step.choices)]))
+        kept.append((step, [t.clone() for t in (step.logits, step.hidden, step.active)]))
         target.commit(torch.arange(1))
-        token = int(step.choices)
+        [token] = step.choices
     for step, copies in kept:
-        for now, before in zip((step.logits, step.hidden, step.active, step.choices), copies, strict=True):
+        for now, before in zip((step.logits, step.hidden, step.active), copies, strict=True):
             assert torch.equal(now, before)
 
 
@@ -346,7 +346,7 @@ def test_only_the_plain_greedy_loop_expects_choices(monkeypatch: pytest.MonkeyPa
 
 def test_misuse_is_refused() -> None:
     target = GraphTarget(tiny_model(), capacity=8)
-    with pytest.raises(ValueError, match="T of at least 1"):
+    with pytest.raises(ValueError, match="at least one token"):
         target.extend(torch.arange(0))
     with pytest.raises(ValueError, match="precede its token"):
         target.extend(torch.arange(3), torch.tensor([-1, 1, 0]))
@@ -448,7 +448,7 @@ def test_a_step_is_read_while_the_next_one_runs() -> None:
         torch.cuda._sleep(1 << 29)  # some tenths of a second
         launch()
 
-    token = int(target.extend(torch.tensor([3])).choices)
+    [token] = target.extend([3]).choices
     target.commit(torch.arange(1))
     target._ahead._launch = launch_slow
     target.extend(torch.tensor([token]))

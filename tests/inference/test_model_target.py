@@ -158,7 +158,7 @@ def test_misuse_is_refused() -> None:
         target.extend(torch.arange(9))
     with pytest.raises(ValueError, match="precede its token"):
         target.extend(torch.arange(3), torch.tensor([-1, 1, 0]))
-    with pytest.raises(ValueError, match="T of at least 1"):
+    with pytest.raises(ValueError, match="at least one token"):
         target.extend(torch.arange(0))
     target.extend(torch.arange(6), PARENTS)
     with pytest.raises(ValueError, match="tokens are pending"):

@@ -326,6 +326,30 @@ def test_times_are_collected_on_request() -> None:
     assert all(seconds > 0 for seconds in target.seconds.values())
 
 
+def test_steps_may_be_kept() -> None:
+    target = NativeTarget(tiny_model())
+    first = target.extend([5, 6, 7], [-1, 0, 0])
+    copies = [tensor.clone() for tensor in (first.logits, first.hidden, first.active, first.union)]
+    target.commit([0, 2])
+    target.extend([8, 9, 10, 11])
+    assert all(map(torch.equal, (first.logits, first.hidden, first.active, first.union), copies))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_lists_and_tensors_mean_the_same(path: list[int]) -> None:
+    target, steps = NativeTarget(tiny_model()), []
+    for tokens, parents, kept in (
+        (list(range(1, 7)), PARENTS.tolist(), path),
+        (torch.arange(1, 7), PARENTS, torch.tensor(path, dtype=torch.int64)),
+    ):
+        target.reset()
+        steps.append(target.extend(tokens, parents))
+        target.commit(kept)
+        steps.append(target.extend([9]))
+    assert_same(steps[0], steps[2])
+    assert_same(steps[1], steps[3])
+
+
 def test_misuse_is_refused() -> None:
     target = NativeTarget(tiny_model(), capacity=8)
     with pytest.raises(ValueError, match="nothing to commit"):
@@ -336,7 +360,7 @@ def test_misuse_is_refused() -> None:
         target.extend(torch.arange(3), torch.tensor([-1, 1, 0]))
     with pytest.raises(ValueError, match=r"tokens must lie between 0 and 60, got 1 … 61"):
         target.extend(torch.tensor([1, 61]))
-    with pytest.raises(ValueError, match="T of at least 1"):
+    with pytest.raises(ValueError, match="at least one token"):
         target.extend(torch.arange(0))
     target.extend(torch.arange(6), PARENTS)
     with pytest.raises(ValueError, match="tokens are pending"):

@@ -83,7 +83,7 @@ class _Candidates(CandidateGenerator):
 
     def get_candidates(self, input_ids: Any, **kwargs: Any) -> Any:
         """`input_ids [1, T]` with draft tokens behind; none in the first iteration, which runs the prompt."""
-        context = input_ids[0].cpu()
+        context = input_ids[0].tolist()
         if kwargs["is_first_iteration"]:
             self._drafter.start(context)
             return input_ids, None
@@ -106,8 +106,8 @@ class _Candidates(CandidateGenerator):
         tokens: list[int] = []
         node = ROOT
         while children := tree.children(node):
-            node = max(children, key=lambda child: float(tree.log_probs[child]))
-            token = int(tree.tokens[node])
+            node = max(children, key=lambda child: tree.log_prob_list[child])
+            token = tree.token_list[node]
             if token in self._ends:
                 break
             tokens.append(token)

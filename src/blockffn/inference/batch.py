@@ -53,12 +53,14 @@ def decode_batch(
     alive = [_Sequence(i, prompt, settings, forward.device, seconds, on_token) for i, prompt in enumerate(prompts)]
     finished: dict[int, Generation] = {}
     clock = Recorder(seconds)
-    with clock.time("prefill"):
-        logits = forward.logits(_prefill(forward, cache, prompts))
-        check_finite(Step(logits, logits))
+    clock.start()
+    logits = forward.logits(_prefill(forward, cache, prompts))
+    check_finite(Step(logits, logits))
+    clock.lap("prefill")
     while True:
-        with clock.time("sampling"):
-            chosen = [sequence.choose(logits[row]) for row, sequence in enumerate(alive)]
+        clock.start()
+        chosen = [sequence.choose(logits[row]) for row, sequence in enumerate(alive)]
+        clock.lap("sampling")
         staying = []
         for row, sequence in enumerate(alive):
             sequence.request.take(chosen[row : row + 1])
@@ -71,8 +73,9 @@ def decode_batch(
         if len(staying) < len(alive):
             cache.keep(torch.tensor(staying, device=forward.device))
             alive = [alive[row] for row in staying]
-        with clock.time("decode"):
-            logits = _step(forward, cache, alive)
+        clock.start()
+        logits = _step(forward, cache, alive)
+        clock.lap("decode")
 
 
 class _Sequence:

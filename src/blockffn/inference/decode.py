@@ -134,15 +134,17 @@ def decode(
     while True:
         if on_logits is not None:
             on_logits(step.logits[-1])
-        with recorder.time("sampling"):
-            token = next_token(step, request, generator)
+        recorder.start()
+        token = next_token(step, request, generator)
+        recorder.lap("sampling")
         request.take([token])
         yield [token]
         if request.finish_reason is not None:
             return
-        with recorder.time("decode"):
-            step = target.extend(torch.tensor([token]))
-            target.commit(torch.arange(1))
+        recorder.start()
+        step = target.extend([token])
+        target.commit([0])
+        recorder.lap("decode")
         recorder.add(step)
 
 
@@ -154,9 +156,10 @@ def begin(target: Target, request: Request, *, all_logits: bool = False) -> Step
     """
     target.reset()
     ask_best(target, None if all_logits else decisive_logits(request.settings))
-    with request.recorder.time("prefill"):
-        step = prefill(target, torch.tensor(request.prompt_ids))
-        check_finite(step)
+    request.recorder.start()
+    step = prefill(target, request.prompt_ids)
+    check_finite(step)
+    request.recorder.lap("prefill")
     return step
 
 
@@ -164,7 +167,7 @@ def next_token(step: Step, request: Request, generator: torch.Generator) -> int:
     """The token behind the last one of a step, which runs behind the request's others."""
     settings = request.settings
     if step.choices is not None and settings.temperature == 0:
-        return int(step.choices[-1])
+        return step.choices[-1]
     occurred = torch.tensor(request.tokens) if settings.repetition_penalty != 1 else None
     return choose(step.logits[-1], occurred, settings, generator)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from blockffn.checkpoints.draft import load_draft, read_calibration
@@ -84,7 +83,7 @@ def make_speculation(
     tree_cost, chain_cost = DraftingCost(), None  # of n-grams a tree takes no longer than a chain
     if not isinstance(drafter, NgramDrafter):
         tree_cost = calibrate_drafter(target, drafter, most)
-        chain_cost = calibrate_drafter(target, drafter, replace(most, chain=True))
+        chain_cost = calibrate_drafter(target, drafter, most._replace(chain=True))
     folder = Path(draft) if isinstance(draft, (str, Path)) and draft != "ngram" else None
     shaper = CostAwareShaper(
         calibrate(target, seconds=3.0),

@@ -9,13 +9,13 @@ over the same cache.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from blockffn.inference.decode_plan import DecodePlan, StepOutputs, refuses_plan
-from blockffn.inference.model_target import ModelTarget, Pending, ancestors_of, check_parents, check_room
+from blockffn.inference.ids import Ids, on_host
+from blockffn.inference.model_target import ModelTarget, Pending, ancestors_of, check_room
 from blockffn.inference.target import Step
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.ops.decode import MAX_TOKENS
@@ -68,36 +68,42 @@ class GraphTarget(ModelTarget):
         """As `target.expect_choices` says. Steps of one token then have `choices`, and wait for the GPU."""
         self._expects_choices = self.run_ahead
 
-    def prefill(self, tokens: Tensor) -> Step:
+    def prefill(self, tokens: Ids) -> Step:
         self._discard_ahead()
         return super().prefill(tokens)
 
     @torch.no_grad()
-    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
+    def extend(self, tokens: Ids, parents: Ids | None = None) -> Step:
         """As `ModelTarget.extend`; does not wait for the GPU, unless choices are expected."""
         if len(tokens) > MAX_TOKENS:
             self._discard_ahead()
             return super().extend(tokens, parents)
-        check_room(tokens, self._pending, length=self._length, capacity=self._capacity)
-        check_parents(tokens, parents)
+        check_room(len(tokens), self._pending, length=self._length, capacity=self._capacity)
+        tokens = on_host(tokens)
+        pending = Pending(len(tokens), None if parents is None else on_host(parents))
+        pending.check_parents()
         self._heed_threshold()
-        if self._expects_choices and len(tokens) == 1 and not tokens.is_cuda:
+        if self._expects_choices and len(tokens) == 1 and isinstance(tokens, list):
             if self._ahead is None:
                 self._ahead = _StepsAhead(self.plan, self.forward.device)
-            result = self._ahead.extend(self._length, int(tokens), has_room=self._length + 2 <= self._capacity)
-            self._pending = Pending(1, None)
+            result = self._ahead.extend(self._length, tokens[0], has_room=self._length + 2 <= self._capacity)
+            self._pending = Pending(1)
             return result
         self._discard_ahead()
-        count, step = len(tokens), self._step(len(tokens))
-        device = self.forward.device if tokens.is_cuda or (parents is not None and parents.is_cuda) else None
-        if device is None:
-            step.inputs.fill(self._length, tokens.tolist(), None if parents is None else parents.tolist())
-        else:
-            ancestors = ancestors_of(torch.arange(-1, count - 1) if parents is None else parents).to(device)
-            step.inputs.fill_on_device(self._length, tokens.to(device), ancestors)
+        step = self._step(len(tokens))
+        self._fill(step.inputs, tokens, pending.parents)
         outputs = step.run()
-        self._pending = Pending(count, parents)
-        return _copy(outputs, count)
+        self._pending = pending
+        return _copy(outputs, len(tokens))
+
+    def _fill(self, inputs: StepInputs, tokens: list[int] | Tensor, parents: list[int] | Tensor | None) -> None:
+        """Set a step's inputs; from the device where one of these lies there."""
+        if isinstance(tokens, list) and not isinstance(parents, Tensor):
+            inputs.fill(self._length, tokens, parents)
+            return
+        device = self.forward.device
+        above = torch.arange(-1, len(tokens) - 1) if parents is None else torch.as_tensor(parents)
+        inputs.fill_on_device(self._length, torch.as_tensor(tokens, device=device), ancestors_of(above).to(device))
 
     def _step(self, count: int) -> _CapturedStep | _EagerStep:
         size = 1 << (count - 1).bit_length()
@@ -182,7 +188,8 @@ class _StepsAhead:
         choice = self._read_choice(length, done)
         if has_room:
             self._begun = (length + 1, choice)
-        return replace(step, choices=torch.tensor([choice]))
+        step.choices = [choice]
+        return step
 
     def _launch(self) -> None:
         self._outputs = self._step.run()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from blockffn.inference.cached_attention import CachedAttention, expansion_weight
+from blockffn.inference.ids import Ids, on_host
 from blockffn.inference.kv_cache import KVCache, window
 from blockffn.inference.target import Step
 from blockffn.models.attention import LatentAttention
@@ -49,48 +50,51 @@ class ModelTarget:
         self._length, self._pending = 0, None
 
     @torch.no_grad()
-    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
-        """As the protocol says. Parents that lie on the CPU are checked; on a device they are trusted.
+    def extend(self, tokens: Ids, parents: Ids | None = None) -> Step:
+        """As the protocol says, of tensors as well. Parents on a device are trusted; others are checked.
 
         Raises:
             ValueError: tokens are pending, none were given, they do not fit, or a parent does not precede its child.
         """
-        check_room(tokens, self._pending, length=self._length, capacity=self._capacity)
-        check_parents(tokens, parents)
-        if parents is None:
-            result = _join([self._run_chain(tokens, begin) for begin in range(0, len(tokens), self.chunk_size)])
-        else:
-            result = self._run_tree(tokens, parents)
-        self._pending = Pending(len(tokens), parents)
+        count = len(tokens)
+        check_room(count, self._pending, length=self._length, capacity=self._capacity)
+        pending = Pending(count, None if parents is None else on_host(parents))
+        pending.check_parents()
+        ids = torch.as_tensor(tokens, dtype=torch.int64)
+        result = self._run_chain(ids) if parents is None else self._run_tree(ids, torch.as_tensor(parents))
+        self._pending = pending
         return result.step(self.forward.logits(result.hidden))
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor) -> Step:
-        """Run and commit a chain `[T]` in chunks, with the logits `[1, V]` of its last token only.
+    def prefill(self, tokens: Ids) -> Step:
+        """Run and commit a chain in chunks, with the logits `[1, V]` of its last token only.
 
         Raises:
             ValueError: as `extend`.
         """
-        check_room(tokens, self._pending, length=self._length, capacity=self._capacity)
-        result = _join([self._run_chain(tokens, begin) for begin in range(0, len(tokens), self.chunk_size)])
+        check_room(len(tokens), self._pending, length=self._length, capacity=self._capacity)
+        result = self._run_chain(torch.as_tensor(tokens, dtype=torch.int64))
         self._length += len(tokens)
         return result.step(self.forward.logits(result.hidden[-1:]))
 
-    def commit(self, kept: Tensor) -> None:
-        """As the protocol says. Indices on the CPU are checked to be a path; on a device they are trusted.
+    def commit(self, kept: Ids) -> None:
+        """As the protocol says, of tensors as well. Indices on a device are trusted; others are checked.
 
         Raises:
             ValueError: nothing is pending, or the indices are no path from a root.
         """
         if self._pending is None:
             raise ValueError("nothing to commit: extend first")
-        self._pending.check_path(kept)
-        if not begins_the_step(kept):
-            self.cache.move(self._length + kept.to(self.forward.device), self._length)
+        if not self._pending.keeps_first(on_host(kept)):
+            rows = torch.as_tensor(kept, dtype=torch.int64, device=self.forward.device)
+            self.cache.move(self._length + rows, self._length)
         self._length += len(kept)
         self._pending = None
 
-    def _run_chain(self, tokens: Tensor, begin: int) -> Forward:
+    def _run_chain(self, tokens: Tensor) -> Forward:
+        return _join([self._run_piece(tokens, begin) for begin in range(0, len(tokens), self.chunk_size)])
+
+    def _run_piece(self, tokens: Tensor, begin: int) -> Forward:
         piece = tokens[begin : begin + self.chunk_size].to(self.forward.device)
         first = self._length + begin
         rows = torch.arange(first, first + len(piece), device=self.forward.device).unsqueeze(0)
@@ -109,33 +113,42 @@ class ModelTarget:
         return _join([self.forward(self.cache, *batch)])
 
 
-def begins_the_step(kept: Tensor) -> bool:
-    """Whether these rows lie where they belong already. Those of a device are moved unseen rather than waited for."""
-    return kept.device.type == "cpu" and kept.tolist() == list(range(len(kept)))
-
-
 @dataclass(frozen=True)
 class Pending:
-    """The last extend: how many tokens, and their parents (`None`: a chain)."""
+    """The last extend: how many tokens, and their parents (`None`: a chain; a tensor: on a device, and trusted)."""
 
     count: int
-    parents: Tensor | None
+    parents: list[int] | Tensor | None = None
 
-    def check_path(self, kept: Tensor) -> None:
-        """Raise `ValueError` unless `kept` is a path from a root; nothing is read from another device."""
+    def check_parents(self) -> None:
+        """Raise `ValueError` unless there is a parent of each token, that precedes it."""
+        if self.parents is None:
+            return
+        if len(self.parents) != self.count:
+            raise ValueError(f"there must be as many parents as tokens, {self.count}, got {len(self.parents)}")
+        if isinstance(self.parents, list) and not all(-1 <= parent < i for i, parent in enumerate(self.parents)):
+            raise ValueError(f"each parent must be -1 or precede its token, got {self.parents}")
+
+    def keeps_first(self, kept: list[int] | Tensor) -> bool:
+        """Whether these are the first tokens, which lie where they belong already.
+
+        Raises:
+            ValueError: they are no path from a root. Those of a device are trusted, and `False`.
+        """
+        if isinstance(kept, Tensor):
+            return False
+        first = kept == list(range(len(kept)))
         if len(kept) > self.count:
             raise ValueError(f"{len(kept)} tokens cannot be kept of {self.count}")
-        if not len(kept) or kept.device.type != "cpu":
-            return
-        if self.parents is not None and self.parents.device.type != "cpu":
-            return
-        nodes = kept.tolist()
-        inside = min(nodes) >= 0 and max(nodes) < self.count
-        if not inside or [self._parent(node) for node in nodes] != [-1, *nodes[:-1]]:
-            raise ValueError(f"kept tokens must be a path from a root of the last extend, got {nodes}")
+        if not (first if self.parents is None else isinstance(self.parents, Tensor) or self._is_path(kept)):
+            raise ValueError(f"kept tokens must be a path from a root of the last extend, got {kept}")
+        return first
 
-    def _parent(self, node: int) -> int:
-        return node - 1 if self.parents is None else int(self.parents[node])
+    def _is_path(self, kept: list[int]) -> bool:
+        """Whether each is the parent of the next; where parents are known."""
+        assert isinstance(self.parents, list)
+        inside = all(0 <= node < self.count for node in kept)
+        return inside and [self.parents[node] for node in kept] == [-1, *kept[:-1]][: len(kept)]
 
 
 @dataclass(frozen=True)
@@ -207,26 +220,17 @@ def ancestors_of(parents: Tensor) -> Tensor:
     return reach > 0
 
 
-def check_room(tokens: Tensor, pending: Pending | None, *, length: int, capacity: int) -> None:
-    """Raise `ValueError` unless `tokens` can extend a cache of so many committed tokens."""
+def check_room(count: int, pending: Pending | None, *, length: int, capacity: int) -> None:
+    """Raise `ValueError` unless so many tokens can extend a cache of `length` committed ones."""
     if pending is not None:
         raise ValueError("tokens are pending: commit those to keep (possibly none) before the next extend")
-    if tokens.ndim != 1 or not len(tokens):
-        raise ValueError(f"extend takes tokens [T] with T of at least 1, got the shape {tuple(tokens.shape)}")
-    if length + len(tokens) > capacity:
+    if not count:
+        raise ValueError("extend takes at least one token, got none")
+    if length + count > capacity:
         raise ValueError(
-            f"{length} committed tokens and {len(tokens)} more exceed the cache's capacity of {capacity}; make the "
+            f"{length} committed tokens and {count} more exceed the cache's capacity of {capacity}; make the "
             "target with a larger one, or commit less"
         )
-
-
-def check_parents(tokens: Tensor, parents: Tensor | None) -> None:
-    if parents is None:
-        return
-    if parents.shape != tokens.shape:
-        raise ValueError(f"parents must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(parents.shape)}")
-    if parents.device.type == "cpu" and not bool(((parents >= -1) & (parents < torch.arange(len(parents)))).all()):
-        raise ValueError(f"each parent must be -1 or precede its token, got {parents.tolist()}")
 
 
 def _join(pieces: list[Forward]) -> Forward:

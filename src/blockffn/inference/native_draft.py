@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from blockffn.inference.ids import Ids, listed
 from blockffn.inference.native_model import NativeModel
 from blockffn.inference.native_weights import NativeWeights, rotary_table
 from blockffn.models.causal_lm import BlockFFNForCausalLM
@@ -52,6 +53,7 @@ class NativeDraft(NativeWeights):
         self._counts = torch.empty(self._num_layers * (native.MAX_STEP + 1), dtype=torch.int64)
         self.times, self.runs = False, 0
         self._seconds = torch.zeros(len(native.PARTS), dtype=torch.float64)
+        self._make_step()
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -98,16 +100,33 @@ class NativeDraft(NativeWeights):
         rows = torch.arange(layout.outputs) if token_ids is None else token_ids
         return pack_linear(unpack_rows(head.data, layout, rows), format="int4", group_size=self.group_size)
 
+    def _make_step(self) -> None:
+        """What steps are told, and where they leave what is read at once: made once, because a step takes about as long
+        as making these in caches that it has emptied."""
+        self._tokens, self._parents, self._best = (native.StepIds() for _ in range(3))
+        self._log_probs = (ctypes.c_float * native.MAX_STEP)()
+        self._num_drafted = ctypes.c_int64()
+        self._outputs = torch.empty(native.MAX_STEP, self.hidden_size)
+        self._step = native.Step(
+            logits=self._logits.data_ptr(),
+            num_union=self._counts.data_ptr(),
+            num_active=self._counts[self._num_layers :].data_ptr(),
+            workspace=self._workspace.data_ptr(),
+        )
+        # Of a token's index its id, without a tensor's detour.
+        ids = self.token_ids
+        self._ids = None if ids is None else (ctypes.c_int64 * len(ids)).from_address(ids.data_ptr())
+
     def run(
-        self, tokens: Tensor, states: Tensor, *, length: int, parents: Tensor | None = None, num_logits: int = 0,
+        self, tokens: Ids, states: Tensor, *, length: int, parents: Ids | None = None, num_logits: int = 0,
         num_best: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """One step.
 
         Args:
-            tokens: `[T]` int64. states: `[T, D]` float32, the target's of the token before each, or the draft's own.
+            tokens: `T`. states: `[T, D]`, the target's of the token before each, or the draft's own.
             length: rows of the cache that are kept; the step fills those behind them.
-            parents: `[S + T]` int64, of a tree whose first `S` tokens earlier steps have run; `None`: a chain.
+            parents: `S + T`, of a tree whose first `S` tokens earlier steps have run; `None`: a chain.
             num_logits: tokens at the end that get logits. num_best: of these the best so many alone.
 
         Returns:
@@ -118,30 +137,32 @@ class NativeDraft(NativeWeights):
             ValueError: a token outside the vocabulary, a tree of more than 64 tokens, more than 64 or V' best, or no
                 room in the cache.
         """
-        count = len(tokens)
-        num_best = min(num_best, self.vocab_size)
-        tokens, states = tokens.to(torch.int64).contiguous(), states.float().contiguous()
+        tokens, tree = listed(tokens), listed(() if parents is None else parents)
+        count, num_best = len(tokens), min(num_best, self.vocab_size)
+        fits = max(count, len(tree)) <= native.MAX_STEP
         outputs = torch.empty(count, self.hidden_size)
         best = torch.empty(num_logits, num_best, dtype=torch.int64)
         log_probs = torch.empty(num_logits, num_best)
-        step = self._step(tokens, states, outputs, length=length, num_logits=num_logits)
-        step.parents = None if parents is None else parents.data_ptr()
-        step.num_earlier = 0 if parents is None else len(parents) - count
-        step.num_best = num_best if num_logits else 0
-        step.best, step.best_log_probs = best.data_ptr(), log_probs.data_ptr()
+        if fits:
+            step = self._set_step(tokens, states, outputs, length=length, num_logits=num_logits)
+            if parents is not None:
+                step.parents, step.num_earlier = native.put(self._parents, tree), len(tree) - count
+            step.num_best = num_best if num_logits else 0
+            step.best, step.best_log_probs = best.data_ptr(), log_probs.data_ptr()
+            fits = not native.function("decode_step")(self.description, step)
         self.runs += 1
-        if native.function("decode_step")(self.description, ctypes.byref(step)):
+        if not fits:
             raise ValueError(
-                f"the draft cannot run {count} tokens between {int(tokens.min())} and {int(tokens.max())}, behind "
-                f"{length} and {step.num_earlier} of their tree, for the best {num_best}: it takes tokens below "
+                f"the draft cannot run {count} tokens between {min(tokens)} and {max(tokens)}, behind {length} and "
+                f"{max(len(tree) - count, 0)} of their tree, for the best {num_best}: it takes tokens below "
                 f"{self.description.vocab_size}, {self.description.capacity} in all, trees of {native.MAX_STEP} and "
                 f"the best {native.MAX_BEST}; draft fewer"
             )
         return outputs, log_probs if num_best else self._logits[:num_logits, : self.vocab_size], best
 
     def run_chain(
-        self, tokens: Tensor, states: Tensor, *, length: int, count: int, least: float = -math.inf
-    ) -> tuple[Tensor, Tensor]:
+        self, tokens: Ids, states: Tensor, *, length: int, count: int, least: float = -math.inf
+    ) -> tuple[list[int], list[float]]:
         """A chain of drafts behind a chain of tokens, in one native call: each the most probable behind the one before.
 
         Args:
@@ -149,42 +170,42 @@ class NativeDraft(NativeWeights):
             count: at most so many drafts. least: none behind a draft where the log-probability of the path falls below.
 
         Returns:
-            Indices and log-probabilities `[C]`; fewer than `count` also where logits are not numbers.
+            Ids of tokens and their log-probabilities; fewer than `count` also where logits are not numbers.
 
         Raises:
-            ValueError: as `run`, or `count` below 1.
+            ValueError: as `run`, or `count` below 1 or above 64.
         """
-        tokens, states = tokens.to(torch.int64).contiguous(), states.float().contiguous()
-        outputs = torch.empty(len(tokens), self.hidden_size)
-        best, log_probs = torch.empty(max(count, 0), dtype=torch.int64), torch.empty(max(count, 0))
-        step = self._step(tokens, states, outputs, length=length, num_logits=1)
-        ids = None if self.token_ids is None else self.token_ids.data_ptr()
-        drafted = ctypes.c_int64()
-        if native.function("draft_chain")(
-            self.description, step, count, least, ids, best.data_ptr(), log_probs.data_ptr(), ctypes.byref(drafted)
-        ):
+        tokens = listed(tokens)
+        fits = max(len(tokens), count) <= native.MAX_STEP
+        if fits:
+            step = self._set_step(tokens, states, self._outputs, length=length, num_logits=1)
+            ids = None if self.token_ids is None else self.token_ids.data_ptr()
+            fits = not native.function("draft_chain")(
+                self.description, step, count, least, ids, self._best, self._log_probs, self._num_drafted
+            )
+        if not fits:
             raise ValueError(
-                f"the draft cannot run {len(tokens)} tokens between {int(tokens.min())} and {int(tokens.max())} behind "
+                f"the draft cannot run {len(tokens)} tokens between {min(tokens)} and {max(tokens)} behind "
                 f"{length} and {count} drafts behind them: it takes tokens below {self.description.vocab_size}, "
                 f"{self.description.capacity} in all, and drafts at least one; draft fewer"
             )
+        drafted = self._num_drafted.value
+        best, log_probs = self._best[:drafted], self._log_probs[:drafted]
         # Where it ended early, the step that found so has run as well.
-        ended = drafted.value < count and not (drafted.value and float(log_probs[: drafted.value].sum()) < least)
-        self.runs += drafted.value + int(ended)
-        return best[: drafted.value], log_probs[: drafted.value]
+        ended = drafted < count and not (drafted and sum(log_probs) < least)
+        self.runs += drafted + int(ended)
+        return best if self._ids is None else [self._ids[index] for index in best], log_probs
 
-    def _step(self, tokens: Tensor, states: Tensor, outputs: Tensor, *, length: int, num_logits: int) -> native.Step:
-        """A chain, without ranking."""
-        return native.Step(
-            num_tokens=len(tokens),
-            tokens=tokens.data_ptr(),
-            length=length,
-            states=states.data_ptr(),
-            num_logits=num_logits,
-            hidden=outputs.data_ptr(),
-            logits=self._logits.data_ptr(),
-            num_union=self._counts.data_ptr(),
-            num_active=self._counts[self._num_layers :].data_ptr(),
-            workspace=self._workspace.data_ptr(),
-            seconds=self._seconds.data_ptr() if self.times else None,
-        )
+    def _set_step(
+        self, tokens: list[int], states: Tensor, outputs: Tensor, *, length: int, num_logits: int
+    ) -> native.Step:
+        """A chain, without ranking. The tensors have to live as long as it is used."""
+        assert states.dtype == torch.float32
+        assert states.is_contiguous()
+        step = self._step
+        step.tokens = native.put(self._tokens, tokens)
+        step.num_tokens, step.length, step.num_logits = len(tokens), length, num_logits
+        step.states, step.hidden = states.data_ptr(), outputs.data_ptr()
+        step.parents, step.num_earlier, step.num_best = None, 0, 0
+        step.seconds = self._seconds.data_ptr() if self.times else None
+        return step

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from blockffn.inference.head_screen import Screening
-from blockffn.inference.model_target import Pending, begins_the_step, check_parents, check_room, checked_capacity
+from blockffn.inference.ids import Ids, listed
+from blockffn.inference.model_target import Pending, check_room, checked_capacity
 from blockffn.inference.native_model import NativeModel
 from blockffn.inference.target import Step
 from blockffn.models.causal_lm import BlockFFNForCausalLM
@@ -67,6 +69,10 @@ class NativeTarget:
         self._seconds = torch.zeros(len(native.PARTS), dtype=torch.float64)
         self._model = self.weights.description
         self._workspace = native.empty_huge(native.function("step_workspace")(self._model))
+        self._tokens, self._parents, self._choices = (native.StepIds() for _ in range(3))
+        self._strips = ctypes.c_int64()
+        self._step = native.Step(num_strips=ctypes.addressof(self._strips), workspace=self._workspace.data_ptr())
+        self._run_step = partial(native.function("decode_step"), ctypes.byref(self._model), ctypes.byref(self._step))
         self._length = 0
         self._chooses = False
         self._pending: Pending | None = None
@@ -96,37 +102,42 @@ class NativeTarget:
         if self._screening is not None:
             self._screening.ask(count)
 
-    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
-        """As the protocol says.
+    def extend(self, tokens: Ids, parents: Ids | None = None) -> Step:
+        """As the protocol says. Its results are free to be kept.
 
         Raises:
             ValueError: tokens are pending, none were given, they do not fit, one is outside the vocabulary, a parent
                 does not precede its child, or a tree of more than 64 tokens.
         """
-        check_room(tokens, self._pending, length=self._length, capacity=self._capacity)
-        check_parents(tokens, parents)
-        if parents is not None and len(tokens) > native.MAX_STEP:
-            raise ValueError(f"a tree has at most {native.MAX_STEP} tokens here, got {len(tokens)}; draft fewer")
+        tokens = listed(tokens)
+        count = len(tokens)
+        check_room(count, self._pending, length=self._length, capacity=self._capacity)
+        parents = None if parents is None else listed(parents)
+        pending = Pending(count, parents)
+        pending.check_parents()
+        if parents is not None and count > native.MAX_STEP:
+            raise ValueError(f"a tree has at most {native.MAX_STEP} tokens here, got {count}; draft fewer")
         screening = self._screening
         num_exact = 0 if screening is None else min(screening.num_exact(), self.vocab_size)
-        step = self._run(tokens, parents, num_logits=len(tokens), num_exact=num_exact)
+        step = self._run(tokens, parents, num_logits=count, num_exact=num_exact)
         if num_exact and screening is not None and step.head_share is not None:
             screening.observe(step.head_share)
-        self._pending = Pending(len(tokens), parents)
+        self._pending = pending
         return step
 
-    def prefill(self, tokens: Tensor) -> Step:
-        """Run and commit a chain `[T]`, with the logits `[1, V]` of its last token only.
+    def prefill(self, tokens: Ids) -> Step:
+        """Run and commit a chain, with the logits `[1, V]` of its last token only.
 
         Raises:
             ValueError: as `extend`.
         """
-        check_room(tokens, self._pending, length=self._length, capacity=self._capacity)
+        tokens = listed(tokens)
+        check_room(len(tokens), self._pending, length=self._length, capacity=self._capacity)
         step = self._run(tokens, None, num_logits=1)
         self._length += len(tokens)
         return step
 
-    def commit(self, kept: Tensor) -> None:
+    def commit(self, kept: Ids) -> None:
         """As the protocol says.
 
         Raises:
@@ -134,67 +145,66 @@ class NativeTarget:
         """
         if self._pending is None:
             raise ValueError("nothing to commit: extend first")
-        self._pending.check_path(kept)
-        if not begins_the_step(kept):
-            source = (self._length + kept).contiguous()
-            native.function("move_positions")(self._model, source.data_ptr(), len(source), self._length)
+        kept = listed(kept)
+        if not self._pending.keeps_first(kept):
+            source = native.StepIds(*(self._length + node for node in kept))
+            native.function("move_positions")(self._model, source, len(kept), self._length)
         self._length += len(kept)
         self._pending = None
 
-    def _run(self, tokens: Tensor, parents: Tensor | None, *, num_logits: int, num_exact: int = 0) -> Step:
+    def _run(self, tokens: list[int], parents: list[int] | None, *, num_logits: int, num_exact: int = 0) -> Step:
         """Run tokens after the committed ones, in pieces; the last `num_logits` of them get logits."""
-        count, layers = len(tokens), self._model.num_layers
-        tokens = tokens.to(torch.int64).contiguous()
-        parents = None if parents is None else parents.to(torch.int64).contiguous()
+        count, step = len(tokens), self._step
         hidden = torch.empty(count, self._hidden_size)
         logits = torch.empty(num_logits, self._padded_vocab)
-        pieces, shares = [], []
-        strips = ctypes.c_int64()
-        choices = torch.empty(num_logits, dtype=torch.int64) if self._chooses else None
+        choices: list[int] = []
+        pieces, strips = [], 0
+        step.parents = None if parents is None else native.put(self._parents, parents)
+        step.num_exact = num_exact
+        step.choices = ctypes.addressof(self._choices) if self._chooses else None
+        step.seconds = self._seconds.data_ptr() if self.times else None
+        step.hidden, step.logits = hidden.data_ptr(), logits.data_ptr()
         for begin in range(0, count, native.MAX_STEP):
             size = min(native.MAX_STEP, count - begin)
-            first_logit = max(begin - (count - num_logits), 0)
-            union = torch.empty(layers, dtype=torch.int64)
-            active = torch.empty(layers, size, dtype=torch.int64)
-            marks = None
-            if count > native.MAX_STEP:
-                marks = torch.zeros(layers, size, self.weights.most_experts, dtype=torch.uint8)
-            step = native.Step(
-                num_tokens=size,
-                tokens=tokens.data_ptr() + 8 * begin,
-                parents=None if parents is None else parents.data_ptr(),
-                length=self._length + begin,
-                num_logits=min(size, max(begin + size - (count - num_logits), 0)),
-                hidden=hidden.data_ptr() + 4 * begin * self._hidden_size,
-                logits=logits.data_ptr() + 4 * first_logit * self._padded_vocab,
-                num_exact=num_exact,
-                choices=None if choices is None else choices.data_ptr() + 8 * first_logit,
-                num_strips=ctypes.addressof(strips),
-                num_union=union.data_ptr(),
-                num_active=active.data_ptr(),
-                is_active=None if marks is None else marks.data_ptr(),
-                workspace=self._workspace.data_ptr(),
-                seconds=self._seconds.data_ptr() if self.times else None,
-            )
-            if native.function("decode_step")(self._model, ctypes.byref(step)):
+            step.tokens = native.put(self._tokens, tokens[begin : begin + size])
+            step.num_tokens, step.length = size, self._length + begin
+            step.num_logits = min(size, max(begin + size - (count - num_logits), 0))
+            pieces.append(self._counters(size, apart=count > native.MAX_STEP))
+            if self._run_step():
                 raise ValueError(
-                    f"tokens must lie between 0 and {self.vocab_size - 1}, got {tokens.min()} … {tokens.max()}"
+                    f"tokens must lie between 0 and {self.vocab_size - 1}, got {min(tokens)} … {max(tokens)}"
                 )
-            pieces.append((union, active, marks))
-            shares.append(strips.value * 32 / self._padded_vocab)
-        head_share = None if self._screening is None else sum(shares) / len(shares)
-        counts = self._counts(pieces)
-        return Step(logits[:, : self.vocab_size], hidden, *counts, head_share, choices)
+            if self._chooses:
+                choices += self._choices[: step.num_logits]
+            strips += self._strips.value
+            step.hidden += 4 * size * self._hidden_size
+            step.logits += 4 * step.num_logits * self._padded_vocab
+        head_share = None if self._screening is None else strips * 32 / (len(pieces) * self._padded_vocab)
+        return Step(
+            logits, hidden, *self._counts(pieces), head_share=head_share, choices=choices if self._chooses else None,
+            vocab_size=self.vocab_size,
+        )  # fmt: skip
+
+    def _counters(self, size: int, *, apart: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Where the step counts the experts of so many tokens: `union [L]`, `active [L, T]`, and, where tokens are kept
+        apart, which are active, `[L, T, E]`."""
+        layers = self._model.num_layers
+        union = torch.empty(layers, dtype=torch.int64)
+        active = torch.empty(layers, size, dtype=torch.int64)
+        marks = torch.zeros(layers, size, self.weights.most_experts, dtype=torch.uint8) if apart else None
+        self._step.num_union, self._step.num_active = union.data_ptr(), active.data_ptr()
+        self._step.is_active = None if marks is None else marks.data_ptr()
+        return union, active, marks
 
     def _counts(self, pieces: list[tuple[Tensor, Tensor, Tensor | None]]) -> tuple[Tensor | None, Tensor | None]:
         """`union` and `active` of a `Step`."""
-        chosen = self.weights.layers_with_experts
+        chosen, layers = self.weights.layers_with_experts, self._model.num_layers
         if not chosen:
             return None, None
         union, active, _ = pieces[0]
         if len(pieces) > 1:
             active = torch.cat([piece[1] for piece in pieces], dim=1)
             union = torch.cat([piece[2] for piece in pieces if piece[2] is not None], dim=1).any(dim=1).sum(dim=-1)
-        if len(chosen) < len(union):
+        if len(chosen) < layers:
             union, active = union[chosen], active[chosen]
         return union, active

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -112,15 +110,17 @@ class Recorder:
     _active: list[Tensor] = field(default_factory=list)
     _union: list[Tensor] = field(default_factory=list)
     _head_shares: list[float] = field(default_factory=list)
+    _since: float = 0.0
 
-    @contextmanager
-    def time(self, part: str) -> Iterator[None]:
-        """Add the time of the block to a part of `PARTS`."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] += time.perf_counter() - begin
+    def start(self) -> None:
+        """The first part of a round begins."""
+        self._since = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """A part of `PARTS` ends, to which the time since the last call of `start` or `lap` is added."""
+        now = time.perf_counter()
+        self.seconds[part] += now - self._since
+        self._since = now
 
     def add(self, step: Step, *, sequences: int = 1) -> None:
         """Count a run of the model after the prompt, which served so many sequences."""

@@ -7,10 +7,8 @@ was accepted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from blockffn.wording import counted
@@ -35,31 +33,33 @@ class Target(Protocol):
         """Forget all tokens."""
         ...
 
-    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
+    def extend(self, tokens: Sequence[int], parents: Sequence[int] | None = None) -> Step:
         """Run tokens without committing any. A second extend without commit is an error.
 
         The position of a token is `length` plus its depth. It attends to all committed tokens, itself and its
         ancestors.
 
         Args:
-            tokens: `[T]` int64.
-            parents: `[T]` int64, indices into this call with `parents[i] < i`, -1 for the last committed token; `None`:
-                a chain.
+            parents: of each token an index into this call with `parents[i] < i`, -1 for the last committed token;
+                `None`: a chain.
         """
         ...
 
-    def commit(self, kept: Tensor) -> None:
+    def commit(self, kept: Sequence[int]) -> None:
         """Commit tokens of the last extend; the others vanish.
 
         Args:
-            kept: `[K]` indices into the last extend: a path from a root, in order.
+            kept: indices into the last extend: a path from a root, in order.
         """
         ...
 
 
-@dataclass(frozen=True)
 class Step:
     """What running `T` tokens gave.
+
+    Args:
+        vocab_size: where the rows of `logits` are wider, as kernels write them: what lies behind is left out when they
+            are asked for. Greedy decoding knows `choices` and never asks.
 
     Attributes:
         logits: `[T, V]` float32.
@@ -67,21 +67,35 @@ class Step:
             dtype of the model.
         union: `[L]` int64, experts that the tokens activate together, per layer with experts; `None` for dense models.
         active: `[L, T]` int64, experts active per token; `None` for dense models.
-        choices: `[T]` int64, the first token with the largest logit behind each, where the target was asked for the
-            best one alone (`ask_best`, `expect_choices`) and knows it; `None`: see `logits`.
         head_share: share of the head that was read as it is stored; `None`: the target always reads it whole.
+        choices: the first token with the largest logit behind each of the `T`, where the target was asked for the best
+            one alone (`ask_best`, `expect_choices`) and knows it; `None`: see `logits`.
     """
 
-    logits: Tensor
-    hidden: Tensor
-    union: Tensor | None = None
-    active: Tensor | None = None
-    head_share: float | None = None
-    choices: Tensor | None = None
+    __slots__ = ("_logits", "_vocab_size", "active", "choices", "head_share", "hidden", "union")
+
+    def __init__(
+        self,
+        logits: Tensor,
+        hidden: Tensor,
+        union: Tensor | None = None,
+        active: Tensor | None = None,
+        *,
+        head_share: float | None = None,
+        choices: list[int] | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        self._logits, self._vocab_size = logits, vocab_size
+        self.hidden, self.union, self.active = hidden, union, active
+        self.head_share, self.choices = head_share, choices
+
+    @property
+    def logits(self) -> Tensor:
+        return self._logits if self._vocab_size is None else self._logits[:, : self._vocab_size]
 
 
-def prefill(target: Target, tokens: Tensor) -> Step:
-    """Commit a prompt `[T]`. The step has the logits of the last token only, `[1, V]`, and the hidden states of all.
+def prefill(target: Target, tokens: Sequence[int]) -> Step:
+    """Commit a prompt. The step has the logits of the last token only, `[1, V]`, and the hidden states of all.
 
     A target that can do this in less memory has a method `prefill` of its own, which is called instead.
     """
@@ -90,7 +104,7 @@ def prefill(target: Target, tokens: Tensor) -> Step:
         step: Step = own(tokens)
         return step
     step = target.extend(tokens)
-    target.commit(torch.arange(len(tokens)))
+    target.commit(range(len(tokens)))
     return Step(step.logits[-1:], step.hidden, step.union, step.active)
 
 

@@ -114,6 +114,7 @@ class Model(Structure):
 
 
 MAX_STEP = MAX_BEST = 64  # tokens of a step, and that can be asked for as the best
+StepIds = c_int64 * MAX_STEP  # tokens of a step, as many as it has, or indices into it
 ATTENTION = {"gqa": 0, "mla": 1}
 PARTS = ("projections", "attention", "router", "ffn", "head", "between")  # of a step's time
 
@@ -143,6 +144,12 @@ class Step(Structure):
         ("workspace", c_void_p),
         ("seconds", c_void_p),
     )
+
+
+def put(ids: ctypes.Array[c_int64], values: list[int]) -> int:
+    """Write values to the front of an array; gives its address."""
+    ids[: len(values)] = values  # type: ignore[assignment]  # ctypes converts integers
+    return ctypes.addressof(ids)
 
 
 _TOKENS = (c_int64, c_int32, c_void_p, c_int64)  # num_tokens, dtype, x, x_stride

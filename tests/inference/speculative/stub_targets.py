@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from blockffn.inference.decode import GenerationSettings, generate
+from blockffn.inference.ids import Ids, listed
 from blockffn.inference.speculative.decode import Speculation, speculative_generate
 from blockffn.inference.speculative.growth import Budget
 from blockffn.inference.speculative.statistics import SpeculationStatistics
@@ -34,20 +35,20 @@ class RecordingTarget:
         self.committed: list[int] = []
         self._pending: tuple[list[int], list[int]] | None = None
 
-    def extend(self, tokens: Tensor, parents: Tensor | None = None) -> Step:
+    def extend(self, tokens: Ids, parents: Ids | None = None) -> Step:
         assert self._pending is None, "extend without commit"
         assert self.length + len(tokens) <= self.capacity, "the cache is full"
-        parents = torch.arange(len(tokens)) - 1 if parents is None else parents
-        assert (parents < torch.arange(len(tokens))).all()
-        self._pending = tokens.tolist(), parents.tolist()
+        parents = range(-1, len(tokens) - 1) if parents is None else parents
+        self._pending = listed(tokens), listed(parents)
+        assert all(parent < token for token, parent in enumerate(self._pending[1]))
         self.calls.append(len(tokens))
-        return self.compute(tokens, parents)
+        return self.compute(torch.as_tensor(tokens), torch.as_tensor(parents))
 
-    def commit(self, kept: Tensor) -> None:
+    def commit(self, kept: Ids) -> None:
         assert self._pending is not None, "commit without extend"
         tokens, parents = self._pending
         previous = -1
-        for index in kept.tolist():
+        for index in listed(kept):
             assert parents[index] == previous, "kept is not a path"
             self.committed.append(tokens[index])
             previous = index
@@ -105,14 +106,14 @@ class OracleDrafter:
         self.text, self.vocab_size, self.wrong_every, self.length = text, vocab_size, wrong_every, length
         self.observed: list[int] = []
 
-    def start(self, prompt: Tensor) -> None:
+    def start(self, prompt: Ids) -> None:
         self.observed = []
 
-    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
+    def observe(self, tokens: Ids, hidden: Tensor) -> None:
         assert len(tokens) == len(hidden)
-        self.observed += tokens.tolist()
+        self.observed += listed(tokens)
 
-    def propose(self, context: Tensor, budget: Budget) -> DraftTree:
+    def propose(self, context: Ids, budget: Budget) -> DraftTree:
         size = min(self.length, budget.depth, budget.nodes)
         tokens = self.text[len(context) : len(context) + size]
         if self.wrong_every:

@@ -33,15 +33,15 @@ class RandomTrees:
         self.text, self.right, self.random = text, right, random.Random(seed)
         self.observed = 0
 
-    def start(self, prompt: Tensor) -> None:
+    def start(self, prompt: list[int]) -> None:
         self.observed = 0
 
-    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
-        assert tokens.tolist() == self.text[self.observed : self.observed + len(tokens)]
+    def observe(self, tokens: list[int], hidden: Tensor) -> None:
+        assert tokens == self.text[self.observed : self.observed + len(tokens)]
         assert len(hidden) == len(tokens)
         self.observed += len(tokens)
 
-    def propose(self, context: Tensor, budget: Budget) -> DraftTree:
+    def propose(self, context: list[int], budget: Budget) -> DraftTree:
         assert self.observed == len(context) - 1
         rng, depths, parents, tokens = self.random, list[int](), list[int](), list[int]()
         for node in range(rng.randint(0, max(budget.nodes, 0)) if budget.depth > 0 else 0):
@@ -53,8 +53,7 @@ class RandomTrees:
             known = place < len(self.text) and rng.random() < self.right
             parents.append(parent)
             tokens.append(self.text[place] if known else rng.randrange(V))
-        log_probs = torch.tensor([-rng.random() for _ in tokens])
-        return DraftTree(torch.tensor(tokens, dtype=torch.int64), torch.tensor(parents, dtype=torch.int64), log_probs)
+        return DraftTree(tokens, parents, [-rng.random() for _ in tokens])
 
 
 def any_request(seed: int) -> dict[str, Any]:

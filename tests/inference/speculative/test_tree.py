@@ -46,12 +46,12 @@ def test_the_best_nodes_are_a_tree_of_the_largest_scores(tree: DraftTree, size: 
 @given(trees())
 def test_behind_a_root_every_parent_moves_by_one(tree: DraftTree) -> None:
     tokens, parents = tree.behind(7)
-    assert tokens.tolist() == [7, *tree.tokens.tolist()]
+    assert tokens == [7, *tree.token_list]
     expected = [-1, *(parent + 1 for parent in tree.parent_list)]
     if parents is None:
         assert expected == list(range(-1, len(tree)))
     else:
-        assert parents.tolist() == expected
+        assert parents == expected
 
 
 def test_a_chain_is_a_tree_without_branches() -> None:

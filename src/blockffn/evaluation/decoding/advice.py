@@ -94,10 +94,9 @@ def replay(recorded: Sequence[Recorded], size: int) -> tuple[float, float]:
     """Tokens per step, and levels, if only the `size` most probable nodes of each tree had been verified."""
     tokens = levels = 0
     for round_ in recorded:
-        scores = round_.tree.path_log_probs
-        kept = set(scores.sort(descending=True, stable=True).indices[:size].tolist())
+        kept = set(round_.tree.most_probable(size))
         tokens += 1 + next((i for i, node in enumerate(round_.path) if node not in kept), len(round_.path))
-        depths = round_.tree.depth.tolist()
+        depths = round_.tree.depths
         levels += max((depths[node] for node in kept), default=0)
     return tokens / len(recorded), levels / len(recorded)
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from blockffn.configuration import BlockFFNConfig
+from blockffn.inference.ids import Ids, listed
 from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.growth import BestNodes, Budget, Expand, Growth, grow, top_children
-from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
+from blockffn.inference.speculative.tree import ROOT, DraftTree, chain, no_tree
 from blockffn.models.draft import DraftModel
 
 BRANCHES = 8  # children that are offered for a node
@@ -68,25 +69,43 @@ class OracleDrafter:
         """What the target says behind a prompt. Behind others every proposal is wrong."""
         self._texts[tuple(prompt)] = [*prompt, *continuation]
 
-    def start(self, prompt: Tensor) -> None:
-        self._text = self._texts.get(tuple(prompt.tolist()), [])
+    def start(self, prompt: Ids) -> None:
+        self._text = self._texts.get(tuple(listed(prompt)), [])
         self._positions = {}
         for place in range(len(prompt), len(self._text)):  # now: while decoding, their time would count as the draft's
             self.position(place)
 
-    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
+    def observe(self, tokens: Ids, hidden: Tensor) -> None:
         """Nothing to learn."""
 
-    def propose(self, context: Tensor, budget: Budget, *, beside: Expand | None = None) -> DraftTree:
+    def propose(self, context: Ids, budget: Budget, *, beside: Expand | None = None) -> DraftTree:
         """See `Drafter`. `beside`: asked for every level as well, for the time it takes."""
         length = len(context)
         top_k, depth, size = self.growth.within(budget)
         if size < 1 or depth < 1:
             return no_tree()
         top_k = min(top_k, BRANCHES)
-        expand = _Levels(self, length, top_k, beside)
-        ranks = grow(expand, top_k=top_k, depth=depth, size=size, least=budget.least)
-        return DraftTree(self._tokens(ranks, length), ranks.parents, ranks.log_probs)
+        if top_k == 1 and (beside is None or hasattr(beside, "chain")):
+            return self._chain(length, min(depth, size), budget.least, beside)
+        levels = _Levels(self, length, top_k, beside)
+        ranks = grow(levels, top_k=top_k, depth=depth, size=size, least=budget.least)
+        return DraftTree(self._tokens(ranks, length), ranks.parent_list, ranks.log_prob_list)
+
+    def _chain(self, length: int, count: int, least: float, beside: Expand | None) -> DraftTree:
+        """What `grow` makes of the first choices; as short a work as for a draft that runs a chain in one call, for
+        its time counts as the draft's."""
+        tokens, log_probs = list[int](), list[float]()
+        total, floor, is_right = 0.0, math.log(least) if least > 0 else -math.inf, True
+        while len(tokens) < count and total >= floor:
+            node = len(tokens)
+            choice, log_prob = self.position(length + node).first
+            token, is_right = self._token(length + node, node, choice, is_right)
+            tokens.append(token)
+            log_probs.append(log_prob)
+            total += log_prob
+        if beside is not None:
+            beside.chain(len(tokens), -math.inf)  # type: ignore[attr-defined]
+        return chain(tokens, log_probs)
 
     def position(self, place: int) -> _Position:
         """Of the token at a place of the text. What follows a wrong token is as easy as what follows the right one."""
@@ -108,54 +127,38 @@ class OracleDrafter:
             self._positions[place] = _Position(log_probs, first_choice, right)
         return self._positions[place]
 
-    def _tokens(self, ranks: DraftTree, length: int) -> Tensor:
-        """A node is right if its parent is and it is the choice that is right at its place."""
-        on_text = {ROOT}
+    def _tokens(self, ranks: DraftTree, length: int) -> list[int]:
+        """Of a tree whose tokens are choices."""
+        right = {ROOT}
         tokens = []
-        chosen, depths = ranks.tokens.tolist(), ranks.depth.tolist()
+        chosen, depths = ranks.token_list, ranks.depths
         for node, parent in enumerate(ranks.parent_list):
-            place = length + depths[node] - 1
-            right = self._text[place] if place < len(self._text) else None
-            if right is not None and parent in on_text and chosen[node] == self._positions[place].right:
-                on_text.add(node)
-                tokens.append(right)
-                continue
-            wrong = random.Random(f"{self._seed} {place} {node} {chosen[node]}").randrange(self._vocab_size - 1)
-            tokens.append(wrong if right is None or wrong < right else wrong + 1)
-        return torch.tensor(tokens, dtype=torch.int64)
+            token, is_right = self._token(length + depths[node] - 1, node, chosen[node], parent in right)
+            tokens.append(token)
+            if is_right:
+                right.add(node)
+        return tokens
+
+    def _token(self, place: int, node: int, choice: int, parent_is_right: bool) -> tuple[int, bool]:
+        """The token of a node, and whether it is right: its parent is, and it is the right choice at its place."""
+        right = self._text[place] if place < len(self._text) else None
+        if right is not None and parent_is_right and choice == self._positions[place].right:
+            return right, True
+        wrong = hash((self._seed, place, node, choice)) % (self._vocab_size - 1)
+        return wrong if right is None or wrong < right else wrong + 1, False
 
 
 class _Levels:
-    """What the oracle says behind nodes, as `grow` asks for it; a real draft is asked beside it, for its time.
-
-    A chain is as short a work here as it is for a draft that runs it in one call: its time would count as the draft's.
-    """
+    """What the oracle says behind nodes, as `grow` asks for it; a real draft is asked beside it, for its time."""
 
     def __init__(self, oracle: OracleDrafter, length: int, top_k: int, beside: Expand | None) -> None:
         self._oracle, self._length, self._top_k, self._beside = oracle, length, top_k, beside
-        self._runs_chains: bool = beside is None or hasattr(beside, "chain")
 
     def __call__(self, tree: DraftTree, nodes: list[int]) -> Tensor:
         if self._beside is not None:
             top_children(self._beside, tree, nodes, self._top_k)
-        depths = [0 if node == ROOT else int(tree.depth[node]) for node in nodes]
+        depths = [0 if node == ROOT else tree.depths[node] for node in nodes]
         return torch.stack([self._oracle.position(self._length + depth).log_probs for depth in depths])
-
-    @property
-    def chain(self) -> Callable[[int, float], tuple[Tensor, Tensor]] | None:
-        """See `Expand`."""
-        return self._run_chain if self._runs_chains else None
-
-    def _run_chain(self, count: int, least: float) -> tuple[Tensor, Tensor]:
-        choices: list[int] = []
-        values: list[float] = []
-        while len(values) < count and sum(values) >= least:
-            choice, value = self._oracle.position(self._length + len(values)).first
-            choices.append(choice)
-            values.append(value)
-        if self._beside is not None:
-            self._beside.chain(len(values), -math.inf)  # type: ignore[attr-defined]
-        return torch.tensor(choices), torch.tensor(values)
 
 
 class PricedDrafter:
@@ -172,15 +175,15 @@ class PricedDrafter:
         self._growth = _OraclesTree(oracle)
         self._price = price(self._growth)
 
-    def start(self, prompt: Tensor) -> None:
+    def start(self, prompt: Sequence[int]) -> None:
         self._price.start(prompt)
         self._oracle.start(prompt)
 
-    def propose(self, context: Tensor, budget: Budget) -> DraftTree:
+    def propose(self, context: Sequence[int], budget: Budget) -> DraftTree:
         self._growth.context = context
         return self._price.propose(context, budget)
 
-    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
+    def observe(self, tokens: Sequence[int], hidden: Tensor) -> None:
         self._price.observe(tokens, hidden)
 
 
@@ -188,7 +191,7 @@ class _OraclesTree:
     """A `Growth` that asks for the distributions of the oracle's nodes and takes the oracle's word."""
 
     deterministic: ClassVar[bool] = True
-    context: Tensor
+    context: Sequence[int]
 
     def __init__(self, oracle: OracleDrafter) -> None:
         self._oracle = oracle

@@ -13,7 +13,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -121,19 +121,19 @@ def calibrate(
     sizes = [size for size in sizes if size < target.capacity]
     context = max(1, min(context, target.capacity - max(sizes, default=0)))
     target.reset()
-    target.extend(torch.randint(target.vocab_size, (context,), generator=generator))
-    target.commit(torch.arange(context))
+    target.extend(torch.randint(target.vocab_size, (context,), generator=generator).tolist())
+    target.commit(range(context))
     measurements = []
     for size in sizes:
-        different = torch.randint(target.vocab_size, (size,), generator=generator)
-        for tokens in (different, different[:1].expand(size).contiguous()):
+        different = torch.randint(target.vocab_size, (size,), generator=generator).tolist()
+        for tokens in (different, different[:1] * size):
             times = []
             for _ in range(rounds + 1):
                 begin = clock()
-                step = target.extend(tokens, torch.full((size,), -1))
+                step = target.extend(tokens, [-1] * size)
                 float(step.logits[-1, 0])  # waits for a device that works asynchronously
                 times.append(1000 * (clock() - begin))
-                target.commit(torch.empty(0, dtype=torch.int64))
+                target.commit([])
                 if len(times) > 1 and clock() - begun > seconds:
                     break
             measurements.append(Measurement(size, *union_and_pairs(step), statistics.median(times[1:])))
@@ -158,7 +158,7 @@ def calibrate_drafter(
     The target is reset before and after. A cache too short for this is used as far as it goes.
     """
     context = max(min(DRAFT_CONTEXT, (target.capacity - 3 * DRAFT_ROUNDS - 1) // (DRAFT_ROUNDS + 1)), 1)
-    one = replace(most, depth=1)
+    one = most._replace(depth=1)
     turns = [(context, most), *[(1, one), (1, most), (context, one)] * DRAFT_ROUNDS]
     found = _time_proposals(target, drafter, turns, clock)[1:]  # the first may allocate
     short, long, behind = (statistics.median(spent for spent, _ in found[kind::3]) for kind in range(3))
@@ -182,7 +182,7 @@ def _time_proposals(
 ) -> list[tuple[float, int]]:
     """Milliseconds and levels (1 at least) of proposals, each behind so many more random tokens, as far as they fit."""
     total = min(sum(new for new, _ in turns) + 1, target.capacity)
-    tokens = torch.randint(target.vocab_size, (total,), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(target.vocab_size, (total,), generator=torch.Generator().manual_seed(0)).tolist()
     target.reset()
     drafter.start(tokens[: turns[0][0]])
     committed, found = 0, []
@@ -191,7 +191,7 @@ def _time_proposals(
         if committed + len(new) >= total:
             break
         step = target.extend(new)
-        target.commit(torch.arange(len(new)))
+        target.commit(range(len(new)))
         drafter.observe(new, step.hidden)
         committed += len(new)
         begin = clock()

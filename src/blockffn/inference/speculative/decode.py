@@ -18,7 +18,7 @@ from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.growth import Budget
 from blockffn.inference.speculative.statistics import SpeculationStatistics
 from blockffn.inference.speculative.tree import DraftTree, no_tree
-from blockffn.inference.speculative.verify import Verdict, verify
+from blockffn.inference.speculative.verify import Verdict, verify, verify_greedy
 from blockffn.inference.target import Step, Target, check_request
 
 MOST = Budget(nodes=63, depth=16)
@@ -75,70 +75,67 @@ def speculative_generate(
     return request.generation()
 
 
-@torch.no_grad()
 def speculate(target: Target, speculation: Speculation, request: Request) -> Iterator[list[int]]:
     """Continue a request to its end; gives its new tokens in blocks, one a round, as they come."""
     drafter, shaper, recorder = speculation.drafter, speculation.shaper, request.recorder
     counts = recorder.speculation = SpeculationStatistics()
-    context = _Context(request.tokens)
-    drafter.start(context.tensor())
+    context = request.tokens  # as it grows
+    drafter.start(context)
     if shaper is not None:
-        shaper.start(len(request.tokens))
+        shaper.start(len(context))
     step = begin(target, request)
     generator = torch.Generator(step.logits.device).manual_seed(request.settings.seed)
-    with recorder.time("sampling"):
-        drafter.observe(context.tensor(), step.hidden)
-        token = next_token(step, request, generator)
-        request.take([token])
+    recorder.start()
+    drafter.observe(context, step.hidden)
+    token = next_token(step, request, generator)
+    request.take([token])
+    recorder.lap("sampling")
     yield [token]
     while request.finish_reason is None:
-        with recorder.time("draft"):
-            budget = _budget(target, speculation, request)
-            if shaper is not None:
-                budget = shaper.budget(budget)
-            tree = drafter.propose(context.tensor(), budget) if budget.nodes else no_tree()
-            if shaper is not None and len(tree):
-                tree = shaper.shape(tree)
-        tokens, parents = tree.behind(request.tokens[-1])
-        with recorder.time("decode"):
-            step = target.extend(tokens, parents)
-        with recorder.time("sampling"):
-            if len(tree):
-                verdict = verify(
-                    tree, step.logits, request.settings, context=context.tensor(), generator=generator,
-                    choices=step.choices,
-                )  # fmt: skip
-            else:
-                verdict = Verdict([], next_token(step, request, generator))
-            block = [*(tree.token_list[node] for node in verdict.path), verdict.bonus]
-            taken = request.take(block)
-            kept = [0, *(node + 1 for node in verdict.path)][:taken]
-            target.commit(torch.tensor(kept))
-            drafter.observe(_rows(tokens, kept), _rows(step.hidden, kept))
-            if shaper is not None:
-                shaper.observe(tree, verdict, step)
+        recorder.start()
+        tree = _draft(target, speculation, request)
+        tokens, parents = tree.behind(context[-1])
+        recorder.lap("draft")
+        step = target.extend(tokens, parents)
+        recorder.lap("decode")
+        verdict = _verdict(tree, step, request, generator)
+        block = [*(tree.token_list[node] for node in verdict.path), verdict.bonus]
+        taken = request.take(block)
+        kept = [0, *(node + 1 for node in verdict.path)][:taken]
+        target.commit(kept)
+        drafter.observe([tokens[row] for row in kept], _rows(step.hidden, kept))
+        if shaper is not None:
+            shaper.observe(tree, verdict, step)
+        recorder.lap("sampling")
         recorder.add(step)
         counts.count(tree, verdict)
         yield block[:taken]
 
 
-class _Context:
-    """The tokens of a request, as they grow, as a tensor that is made when it is asked for."""
+def _draft(target: Target, speculation: Speculation, request: Request) -> DraftTree:
+    """A tree behind the request's tokens, maybe an empty one."""
+    budget, shaper = _budget(target, speculation, request), speculation.shaper
+    if shaper is not None:
+        budget = shaper.budget(budget)
+    if not budget.nodes:
+        return no_tree()
+    tree = speculation.drafter.propose(request.tokens, budget)
+    return shaper.shape(tree) if shaper is not None and len(tree) else tree
 
-    def __init__(self, tokens: list[int]) -> None:
-        self._tokens, self._tensor = tokens, torch.tensor(tokens)
 
-    def tensor(self) -> Tensor:
-        known = len(self._tensor)
-        if known < len(self._tokens):
-            self._tensor = torch.cat((self._tensor, torch.tensor(self._tokens[known:])))
-        return self._tensor
+def _verdict(tree: DraftTree, step: Step, request: Request, generator: torch.Generator) -> Verdict:
+    if not len(tree):
+        return Verdict([], next_token(step, request, generator))
+    if step.choices is not None and request.settings.takes_best:
+        return verify_greedy(tree, step.choices)
+    return verify(tree, step.logits, request.settings, context=request.tokens, generator=generator)
 
 
 def _rows(values: Tensor, kept: list[int]) -> Tensor:
     """The rows of these numbers; a view where they are the first ones, as in a chain."""
-    if kept[-1] == len(kept) - 1:
-        return values[: len(kept)]
+    count = len(kept)
+    if kept[-1] == count - 1:
+        return values if count == values.shape[0] else values[:count]
     return values[torch.tensor(kept, device=values.device)]
 
 

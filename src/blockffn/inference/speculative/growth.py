@@ -9,7 +9,7 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,14 +22,13 @@ Expand = Callable[[DraftTree, list[int]], Tensor]
 One that can name the most probable children without writing all probabilities has a method `best(tree, nodes, top_k)`
 for it, which gives their log-probabilities and indices `[K, top_k]`, the most probable first, and is called instead.
 
-One that can run a whole chain at once has a method `chain(count, least)`: indices and log-probabilities of up to
-`count` tokens behind the root, each the most probable behind the one before; fewer where the path's log-probability has
-fallen below `least`, or where there is none. It is called instead where a tree may have no branches.
+One that can run a whole chain at once has a method `chain(count, least)`: lists of the ids and log-probabilities of up
+to `count` tokens behind the root, each the most probable behind the one before; fewer where the path's log-probability
+has fallen below `least`, or where there is none. It is called instead where a tree may have no branches.
 """
 
 
-@dataclass(frozen=True)
-class Budget:
+class Budget(NamedTuple):
     """What a tree may have: so many nodes, so many levels.
 
     `least`: the probability that a node's path must have for children to be drafted. It saves time where drafting takes
@@ -122,8 +121,7 @@ def grow(
     floor = math.log(least) if least > 0 else -math.inf
     run_chain = getattr(expand, "chain", None) if top_k == 1 and min(depth, size) > 0 else None
     if run_chain is not None:
-        indices, log_probs = run_chain(min(depth, size), floor)
-        return chain(indices if token_ids is None else token_ids[indices], log_probs)
+        return chain(*run_chain(min(depth, size), floor))
     nodes = _Nodes()
     for _ in range(depth if size > 0 else 0):
         values, indices = (t.cpu() for t in top_children(expand, tree, level, top_k))
@@ -169,8 +167,7 @@ class _Nodes:
         return array("f", self._totals).tolist()
 
     def tree(self) -> DraftTree:
-        tokens, parents = (torch.tensor(values, dtype=torch.int64) for values in (self.tokens, self.parents))
-        return DraftTree(tokens, parents, torch.tensor(self.log_probs, dtype=torch.float32))
+        return DraftTree(list(self.tokens), list(self.parents), self.log_probs)
 
 
 def top_children(expand: Expand, tree: DraftTree, level: list[int], top_k: int) -> tuple[Tensor, Tensor]:
@@ -203,8 +200,7 @@ def draw(
     rows = [torch.zeros(vocab_size)]
     level = [ROOT]
     for width in widths:
-        so_far = DraftTree(torch.tensor(tokens, dtype=torch.int64), torch.tensor(parents, dtype=torch.int64),
-                           torch.tensor(log_probs))  # fmt: skip
+        so_far = DraftTree(list(tokens), list(parents), log_probs)
         start = len(tokens)
         for node, row in zip(level, expand(so_far, level).float().cpu()):
             uniform = torch.rand(row.shape, generator=generator).clamp_min(torch.finfo(torch.float32).tiny)
@@ -220,8 +216,7 @@ def draw(
         level = list(range(start, len(tokens)))
         if not level:
             break
-    return DraftTree(torch.tensor(tokens, dtype=torch.int64), torch.tensor(parents, dtype=torch.int64),
-                     torch.tensor(log_probs), torch.stack(rows))  # fmt: skip
+    return DraftTree(tokens, parents, log_probs, torch.stack(rows))
 
 
 def fit_widths(widths: Sequence[int], *, nodes: int, depth: int) -> tuple[int, ...]:

@@ -7,9 +7,7 @@ rate of the whole text. Maximising tokens per millisecond round by round would s
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
 
 from blockffn.inference.speculative.cost import CostModel, DraftingCost, union_and_pairs
 from blockffn.inference.speculative.drafting import STEPS, Drafted, WayOfDrafting, first_choices
@@ -183,7 +181,7 @@ class CostAwareShaper:
             self._taken, self._lost = 0, max(self._plain() - 1 / self.rate, 0.0)
         if not self._taken:
             return NOTHING
-        return replace(most, least=STEPS[self._taken - 1], chain=self._way.chain)
+        return most._replace(least=STEPS[self._taken - 1], chain=self._way.chain)
 
     def shape(self, tree: DraftTree) -> DraftTree:
         """The part of the tree that pays, maybe nothing; more of it where this round explores."""
@@ -216,7 +214,7 @@ class CostAwareShaper:
             self._hopes = {place: reach[node] for place, node in enumerate(sorted(nodes)) if node not in net}
         self._begun = self._now()
         self._way.shaping = self._begun - began
-        return tree if len(nodes) == len(tree) else tree.subtree(torch.tensor(nodes, dtype=torch.int64))
+        return tree if len(nodes) == len(tree) else tree.subtree(nodes)
 
     def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None:
         """Learn from a verification of root and tree."""
@@ -340,7 +338,7 @@ class CostAwareShaper:
     ) -> list[int]:
         """More nodes than pay, to see whether they are accepted."""
         count = max(WIDER * len(net), 2)
-        nodes = tree.path_log_probs.sort(descending=True, stable=True).indices[:count].sort().values.tolist()
+        nodes = sorted(tree.most_probable(count))
         log_used = prices.union.start() + sum(brings[node] for node in nodes)
         spent = prices.milliseconds(len(nodes) + 1, log_used) - prices.milliseconds(1, prices.union.start())
         worth = sum(reach[node] for node in nodes) - self.rate * spent

@@ -1,46 +1,51 @@
 """A tree of draft tokens behind the last token of a context.
 
 That last token, the root, is not part of the tree; -1 names it as a parent. Parents come before their children. Scores
-are cumulative log-probabilities in float32: coarser ones tie where the order matters.
+are cumulative log-probabilities in float32: coarser ones tie where the order matters. Nodes are few, so they are kept
+in lists: an operation on a tensor takes longer than one of these.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
+from blockffn.inference.ids import Ids, listed
+
 ROOT = -1
 
 
-@dataclass(frozen=True)
 class DraftTree:
-    """`N` draft tokens behind the last token of a context.
+    """`N` draft tokens behind the last token of a context. It is not changed once it is made.
 
-    Attributes:
-        tokens: `[N]` int64.
-        parents: `[N]` int64, an earlier index or -1 for the root.
-        log_probs: `[N]` float32, the draft's log-probability of a token behind its parent.
+    Args:
+        tokens: of the nodes. parents: an earlier index each, or -1 for the root.
+        log_probs: the draft's log-probability of a token behind its parent.
         distributions: `[N + 1, V]` float32 where children were drawn at random: row `i + 1` is what the children of
             node `i` were drawn from, without replacement and in the order of their indices (row 0: the root's). `None`
             where the tokens were chosen without chance. Verification by sampling depends on it.
+
+    Attributes:
+        token_list, parent_list, log_prob_list: of the nodes; as tensors `[N]` `tokens`, `parents`, `log_probs`, which
+            are made when they are asked for.
 
     Raises:
         ValueError: lengths differ, or a parent does not come before its child.
     """
 
-    tokens: Tensor
-    parents: Tensor
-    log_probs: Tensor
-    distributions: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if not self.tokens.shape == self.parents.shape == self.log_probs.shape:
-            shapes = [tuple(t.shape) for t in (self.tokens, self.parents, self.log_probs)]
-            raise ValueError(f"tokens, parents and log_probs of a tree must be equally long, got {shapes}")
+    def __init__(
+        self, tokens: Ids, parents: Ids, log_probs: Sequence[float] | Tensor, distributions: Tensor | None = None
+    ) -> None:
+        self.token_list, self.parent_list = listed(tokens), listed(parents)
+        self.log_prob_list: list[float] = log_probs.tolist() if isinstance(log_probs, Tensor) else list(log_probs)
+        self.distributions = distributions
+        if not len(self.token_list) == len(self.parent_list) == len(self.log_prob_list):
+            lengths = [len(values) for values in (self.token_list, self.parent_list, self.log_prob_list)]
+            raise ValueError(f"tokens, parents and log_probs of a tree must be equally long, got {lengths}")
         for node, parent in enumerate(self.parent_list):
             if not ROOT <= parent < node:
                 raise ValueError(f"the parent of node {node} must come before it, got {parent}")
@@ -49,12 +54,19 @@ class DraftTree:
         return len(self.parent_list)
 
     @cached_property
-    def parent_list(self) -> list[int]:
-        return self.parents.tolist()
+    def tokens(self) -> Tensor:
+        """`[N]` int64."""
+        return torch.tensor(self.token_list, dtype=torch.int64)
 
     @cached_property
-    def token_list(self) -> list[int]:
-        return self.tokens.tolist()
+    def parents(self) -> Tensor:
+        """`[N]` int64."""
+        return torch.tensor(self.parent_list, dtype=torch.int64)
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """`[N]` float32."""
+        return torch.tensor(self.log_prob_list, dtype=torch.float32)
 
     @cached_property
     def depth(self) -> Tensor:
@@ -83,10 +95,6 @@ class DraftTree:
     def rank(self) -> Tensor:
         """`[N]` int64: `ranks`."""
         return torch.tensor(self.ranks, dtype=torch.int64)
-
-    @cached_property
-    def log_prob_list(self) -> list[float]:
-        return self.log_probs.tolist()
 
     @cached_property
     def path_totals(self) -> list[float]:
@@ -121,17 +129,17 @@ class DraftTree:
     def children(self, node: int) -> list[int]:
         return [child for child, parent in enumerate(self.parent_list) if parent == node]
 
-    def behind(self, root: int) -> tuple[Tensor, Tensor | None]:
-        """Tokens and parents `[N + 1]` with the root's token in front, as a target's `extend` takes them.
+    def behind(self, root: int) -> tuple[list[int], list[int] | None]:
+        """Tokens and parents of all nodes with the root's token in front, as a target's `extend` takes them.
 
         Parents are `None` for a chain, which costs a target less.
         """
-        tokens = torch.tensor([root, *self.token_list])
+        tokens = [root, *self.token_list]
         if self.parent_list == list(range(-1, len(self) - 1)):
             return tokens, None
-        return tokens, torch.cat((torch.tensor([ROOT]), self.parents + 1))
+        return tokens, [ROOT, *(parent + 1 for parent in self.parent_list)]
 
-    def subtree(self, nodes: Tensor) -> DraftTree:
+    def subtree(self, nodes: Ids) -> DraftTree:
         """The tree of some of its nodes (indices, any order), in the order of the whole.
 
         Raises:
@@ -140,37 +148,31 @@ class DraftTree:
         """
         if self.distributions is not None:
             raise ValueError("a tree drawn at random cannot be cut: draw a smaller one")
-        nodes = nodes.sort().values
-        kept = len(nodes)
-        if nodes.tolist() == list(range(kept)):
-            return DraftTree(self.tokens[:kept], self.parents[:kept], self.log_probs[:kept])
-        place = {ROOT: ROOT} | {node: i for i, node in enumerate(nodes.tolist())}
-        parents = self.parents[nodes].tolist()
-        missing = [parent for parent in parents if parent not in place]
+        nodes = sorted(listed(nodes))
+        place = {ROOT: ROOT} | {node: i for i, node in enumerate(nodes)}
+        missing = [self.parent_list[node] for node in nodes if self.parent_list[node] not in place]
         if missing:
             raise ValueError(f"a subtree needs the parents of its nodes; {missing} are missing")
-        renamed = torch.tensor([place[parent] for parent in parents], dtype=torch.int64)
-        return DraftTree(self.tokens[nodes], renamed, self.log_probs[nodes])
+        return DraftTree(
+            [self.token_list[node] for node in nodes],
+            [place[self.parent_list[node]] for node in nodes],
+            [self.log_prob_list[node] for node in nodes],
+        )
 
     def best(self, size: int) -> DraftTree:
         """The `size` most probable nodes by their paths. On ties the earlier wins, so ancestors are always in."""
-        if len(self) <= size:
-            return self
-        return self.subtree(self.path_log_probs.sort(descending=True, stable=True).indices[:size])
+        return self if len(self) <= size else self.subtree(self.most_probable(size))
+
+    def most_probable(self, size: int) -> list[int]:
+        """`size` nodes, by `path_log_probs`, the most probable first; on ties the earlier."""
+        scores = array("f", self.path_totals)
+        return sorted(range(len(self)), key=lambda node: -scores[node])[:size]
 
 
-def chain(tokens: Sequence[int] | Tensor, log_probs: Sequence[float] | Tensor | None = None) -> DraftTree:
+def chain(tokens: Ids, log_probs: Sequence[float] | Tensor | None = None) -> DraftTree:
     """A tree without branches. Without log-probabilities every token counts as certain."""
-    tokens = torch.as_tensor(tokens, dtype=torch.int64)
-    if log_probs is None:
-        log_probs = torch.zeros(len(tokens))
-    return DraftTree(tokens, chain_parents(len(tokens)), torch.as_tensor(log_probs, dtype=torch.float32))
-
-
-@cache
-def chain_parents(count: int) -> Tensor:
-    """Parents `[count]` of a chain: the root, then each node of the next."""
-    return torch.arange(-1, count - 1)
+    count = len(tokens)
+    return DraftTree(tokens, list(range(-1, count - 1)), [0.0] * count if log_probs is None else log_probs)
 
 
 @cache

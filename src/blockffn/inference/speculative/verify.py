@@ -6,6 +6,7 @@ gives the tokens of the plain greedy loop, sampling verification tokens with the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,40 +25,38 @@ class Verdict:
 
 
 def verify(
-    tree: DraftTree, logits: Tensor, settings: SamplingSettings, *, context: Tensor, generator: torch.Generator,
-    choices: Tensor | None = None,
+    tree: DraftTree, logits: Tensor, settings: SamplingSettings, *, context: Sequence[int], generator: torch.Generator,
 ) -> Verdict:  # fmt: skip
     """Accept what plain decoding with these settings would say, or draw as it would draw.
 
     Args:
         logits: `[N + 1, V]`; row 0 is the root's, row `i + 1` node `i`'s.
-        context: tokens `[N]` up to the root.
+        context: tokens up to the root.
         generator: on the device of the logits.
-        choices: `[N + 1]` the tokens with the largest logits, where they are known.
     """
     if settings.takes_best:
-        return verify_greedy(tree, logits.argmax(dim=-1) if choices is None else choices)
+        return verify_greedy(tree, logits.argmax(dim=-1).tolist())
     return verify_sampling(tree, logits, settings, context=context, generator=generator)
 
 
-def verify_greedy(tree: DraftTree, choices: Tensor) -> Verdict:
+def verify_greedy(tree: DraftTree, choices: list[int]) -> Verdict:
     """The longest path on which every token is the target's first choice behind its parent.
 
     Args:
-        choices: `[N + 1]` the target's first choices; the first is the root's, entry `i + 1` node `i`'s.
+        choices: `N + 1` of the target's first choices; the first is the root's, entry `i + 1` node `i`'s.
     """
-    chosen = choices.tolist()
-    tokens = tree.token_list
-    length: dict[int, int] = {ROOT: 0}
+    tokens, last = tree.token_list, ROOT
+    length = {ROOT: 0}  # of the path to each accepted node
     for node, parent in enumerate(tree.parent_list):
-        if parent in length and tokens[node] == chosen[parent + 1]:
+        if parent in length and tokens[node] == choices[parent + 1]:
             length[node] = length[parent] + 1
-    last = max(length, key=lambda node: length[node])
-    return Verdict(tree.path(last), chosen[last + 1])
+            if length[node] > length[last]:
+                last = node
+    return Verdict(tree.path(last), choices[last + 1])
 
 
 def verify_sampling(
-    tree: DraftTree, logits: Tensor, settings: SamplingSettings, *, context: Tensor, generator: torch.Generator
+    tree: DraftTree, logits: Tensor, settings: SamplingSettings, *, context: Sequence[int], generator: torch.Generator
 ) -> Verdict:
     """Tokens distributed as if each had been chosen from the target's distribution. Arguments as for `verify`.
 
@@ -70,11 +69,13 @@ def verify_sampling(
     node = ROOT
     path: list[int] = []
     while True:
-        history = torch.cat((context, tree.tokens[path])) if settings.repetition_penalty != 1 else None
+        history = None
+        if settings.repetition_penalty != 1:
+            history = torch.tensor([*context, *(tree.token_list[above] for above in path)])
         children = tree.children(node)
         if tree.distributions is None or settings.temperature == 0:
             token = choose(logits[node + 1], history, settings, generator)
-            follow = [child for child in children if int(tree.tokens[child]) == token]
+            follow = [child for child in children if tree.token_list[child] == token]
         else:
             p = probabilities(logits[node + 1], history, settings)
             q = tree.distributions[node + 1].to(p.device, torch.float32)
@@ -94,7 +95,7 @@ def _accept_drawn(
     """The accepted child, or none and what the target's distribution is after all rejections."""
     q = q.clone()
     for child in children:
-        token = int(tree.tokens[child])
+        token = tree.token_list[child]
         if float(torch.rand((), generator=generator, device=p.device) * q[token]) < float(p[token]):
             return child, p
         rest = (p - q).clamp_min(0)

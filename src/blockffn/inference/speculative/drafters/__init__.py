@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -19,15 +20,15 @@ class Drafter(Protocol):
     @property
     def deterministic(self) -> bool: ...
 
-    def start(self, prompt: Tensor) -> None:
-        """Begin a new text with these tokens `[T]`; everything before is forgotten."""
+    def start(self, prompt: Sequence[int]) -> None:
+        """Begin a new text with these tokens; everything before is forgotten."""
         ...
 
-    def propose(self, context: Tensor, budget: Budget) -> DraftTree:
-        """A tree behind `context` `[T]`, whose last token the target has not seen yet."""
+    def propose(self, context: Sequence[int], budget: Budget) -> DraftTree:
+        """A tree behind `context`, whose last token the target has not seen yet."""
         ...
 
-    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
-        """Tokens `[T]` that the target has committed since the last call (first the prompt), with their final hidden
+    def observe(self, tokens: Sequence[int], hidden: Tensor) -> None:
+        """Tokens that the target has committed since the last call (first the prompt), with their final hidden
         states `[T, D]`."""
         ...

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from blockffn.inference.ids import Ids
 from blockffn.inference.speculative.growth import BestNodes, Budget, Growth
 from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
 from blockffn.models.packed import PackedLinear
@@ -70,17 +71,20 @@ class StatesDrafter:
 
     def __init__(self, growth: Growth | None, generator: torch.Generator | None) -> None:
         self._growth, self._generator = BestNodes() if growth is None else growth, generator
-        self._unseen: list[Tensor] = []  # states of the target that the draft's cache does not hold
+        # States of the target that the draft's cache does not hold, and how many they are.
+        self._unseen: list[Tensor] = []
+        self._num_unseen = 0
 
     @property
     def deterministic(self) -> bool:
         return self._growth.deterministic
 
-    def start(self, prompt: Tensor) -> None:
-        self._unseen = []
+    def start(self, prompt: Ids) -> None:
+        self._unseen, self._num_unseen = [], 0
 
-    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
+    def observe(self, tokens: Ids, hidden: Tensor) -> None:
         self._unseen.append(hidden)
+        self._num_unseen += hidden.shape[0]
 
     def _take_unseen(self, known: int, held: int) -> Tensor:
         """States `[known - held, D]` behind the `held` ones that the draft's cache has.
@@ -88,11 +92,11 @@ class StatesDrafter:
         Raises:
             ValueError: `observe` has not been given all of them, or there are none.
         """
-        new = sum(map(len, self._unseen))
+        new = self._num_unseen
         if held + new != known or not new:
             raise ValueError(f"a context of {known + 1} tokens needs the states of {known}, got {held + new}")
         states = self._unseen[0] if len(self._unseen) == 1 else torch.cat(self._unseen)
-        self._unseen = []
+        self._unseen, self._num_unseen = [], 0
         return states
 
 
@@ -123,12 +127,12 @@ class EagleDrafter(StatesDrafter):
         self._vocab_size, self._token_ids = vocab_size, token_ids
         self._cache = RowCache()
 
-    def start(self, prompt: Tensor) -> None:
+    def start(self, prompt: Ids) -> None:
         super().start(prompt)
         self._cache = RowCache()
 
     @torch.no_grad()
-    def propose(self, context: Tensor, budget: Budget) -> DraftTree:
+    def propose(self, context: Ids, budget: Budget) -> DraftTree:
         """See `Drafter`.
 
         Raises:
@@ -158,13 +162,13 @@ class EagleDrafter(StatesDrafter):
         self._cache.truncate(known)
         return tree
 
-    def _catch_up(self, context: Tensor, known: int) -> Tensor:
+    def _catch_up(self, context: Ids, known: int) -> Tensor:
         """Run the head over the states that the target has computed since; the last output describes the next token."""
         start = self._cache.length
         states = self._take_unseen(known, start)
         mask = torch.full((len(states), known), -torch.inf).triu(start + 1)
         positions = torch.arange(start, known)
-        return self._run(context[start + 1 :], states, positions, mask)[-1]
+        return self._run(torch.as_tensor(context[start + 1 :]), states, positions, mask)[-1]
 
     def _run(self, tokens: Tensor, hidden: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         device = hidden.device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blockffn.inference.ids import Ids, listed
 from blockffn.inference.speculative.growth import BestNodes, Budget, Growth
 from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
 from blockffn.inference.target import Target
@@ -48,28 +49,28 @@ class ModelDrafter:
     def deterministic(self) -> bool:
         return self._growth.deterministic
 
-    def start(self, prompt: Tensor) -> None:
+    def start(self, prompt: Ids) -> None:
         self._draft.reset()
 
-    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
+    def observe(self, tokens: Ids, hidden: Tensor) -> None:
         """Nothing to learn: `propose` catches up with the context."""
 
-    def propose(self, context: Tensor, budget: Budget) -> DraftTree:
+    def propose(self, context: Ids, budget: Budget) -> DraftTree:
         draft = self._draft
         if budget.nodes < 1 or budget.depth < 1 or len(context) > draft.capacity:
             return no_tree()
-        unseen = context[draft.length : -1]
-        if len(unseen):
+        *unseen, root = listed(context[draft.length :])
+        if unseen:
             draft.extend(unseen)
-            draft.commit(torch.arange(len(unseen)))
+            draft.commit(range(len(unseen)))
 
         def expand(tree: DraftTree, nodes: list[int]) -> Tensor:
             involved = sorted({ancestor for node in nodes for ancestor in tree.path(node)})
             if draft.length + 1 + len(involved) > draft.capacity:
                 return torch.full((len(nodes), draft.vocab_size), -torch.inf)
-            tokens, parents = tree.subtree(torch.tensor(involved, dtype=torch.int64)).behind(int(context[-1]))
+            tokens, parents = tree.subtree(involved).behind(root)
             logits = draft.extend(tokens, parents).logits
-            draft.commit(torch.empty(0, dtype=torch.int64))
+            draft.commit([])
             row = {ROOT: 0} | {node: i + 1 for i, node in enumerate(involved)}
             return (logits[[row[node] for node in nodes]].float() / self._temperature).log_softmax(dim=-1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blockffn.inference.ids import Ids, listed
 from blockffn.inference.native_draft import NativeDraft
 from blockffn.inference.speculative.drafters.eagle import StatesDrafter
 from blockffn.inference.speculative.growth import Budget, Growth
@@ -26,12 +27,11 @@ class NativeEagleDrafter(StatesDrafter):
         self.draft = draft
         self._length = 0  # rows in the draft's cache whose states are the target's
 
-    def start(self, prompt: Tensor) -> None:
+    def start(self, prompt: Ids) -> None:
         super().start(prompt)
         self._length = 0
 
-    @torch.no_grad()
-    def propose(self, context: Tensor, budget: Budget) -> DraftTree:
+    def propose(self, context: Ids, budget: Budget) -> DraftTree:
         """See `Drafter`.
 
         Raises:
@@ -42,7 +42,9 @@ class NativeEagleDrafter(StatesDrafter):
             return no_tree()
         known = len(context) - 1
         states = self._take_unseen(known, self._length)
-        levels = _Levels(self.draft, context[self._length + 1 :], states, length=self._length)
+        if states.dtype != torch.float32 or not states.is_contiguous():
+            states = states.float().contiguous()
+        levels = _Levels(self.draft, listed(context[self._length + 1 :]), states, length=self._length)
         self._length = known
         return self._growth(
             levels, budget, vocab_size=self.draft.description.vocab_size, token_ids=self.draft.token_ids,
@@ -54,9 +56,9 @@ class _Levels:
     """Runs a draft over one tree, level after level; first over what the target has said since, which gives the root's
     children."""
 
-    def __init__(self, draft: NativeDraft, tokens: Tensor, states: Tensor, *, length: int) -> None:
+    def __init__(self, draft: NativeDraft, tokens: list[int], states: Tensor, *, length: int) -> None:
         self._draft, self._tokens, self._states, self._length = draft, tokens, states, length
-        self._outputs = torch.empty(0, draft.hidden_size)  # of the root, then of the nodes in the order of their runs
+        self._outputs = states  # later of the root, then of the nodes in the order of their runs
         self._row = {ROOT: -1}
         self._parents: list[int] = []
 
@@ -67,7 +69,7 @@ class _Levels:
         """See `Expand`."""
         return self._run(tree, nodes, num_best=top_k)
 
-    def chain(self, count: int, least: float) -> tuple[Tensor, Tensor]:
+    def chain(self, count: int, least: float) -> tuple[list[int], list[float]]:
         """See `Expand`."""
         *earlier, (tokens, states) = self._pieces()
         for piece, its_states in earlier:
@@ -75,11 +77,12 @@ class _Levels:
             self._length += len(piece)
         return self._draft.run_chain(tokens, states, length=self._length, count=count, least=least)
 
-    def _pieces(self) -> list[tuple[Tensor, Tensor]]:
+    def _pieces(self) -> list[tuple[list[int], Tensor]]:
         """What the target has said since, as much as a step takes at a time."""
         if len(self._tokens) <= MAX_STEP:
             return [(self._tokens, self._states)]
-        return list(zip(self._tokens.split(MAX_STEP), self._states.split(MAX_STEP)))
+        begins = range(0, len(self._tokens), MAX_STEP)
+        return [(self._tokens[i : i + MAX_STEP], self._states[i : i + MAX_STEP]) for i in begins]
 
     def _run(self, tree: DraftTree, nodes: list[int], *, num_best: int) -> tuple[Tensor, Tensor]:
         if nodes == [ROOT]:
@@ -88,8 +91,8 @@ class _Levels:
         self._row.update({node: len(self._parents) + i for i, node in enumerate(nodes)})
         self._parents += above
         outputs, values, indices = self._draft.run(
-            tree.tokens[nodes], self._outputs[[row + 1 for row in above]], length=self._length,
-            parents=torch.tensor(self._parents), num_logits=len(nodes), num_best=num_best,
+            [tree.token_list[node] for node in nodes], self._outputs[[row + 1 for row in above]], length=self._length,
+            parents=self._parents, num_logits=len(nodes), num_best=num_best,
         )  # fmt: skip
         self._outputs = torch.cat((self._outputs, outputs))
         return values, indices

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
+from blockffn.inference.ids import Ids, listed
 from blockffn.inference.speculative.growth import Budget
 from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
 
@@ -34,14 +34,14 @@ class NgramDrafter:
         self._branches, self._depth, self._size = branches, depth, size
         self._forget()
 
-    def start(self, prompt: Tensor) -> None:
+    def start(self, prompt: Ids) -> None:
         self._forget()
         self._read(prompt)
 
-    def observe(self, tokens: Tensor, hidden: Tensor) -> None:
+    def observe(self, tokens: Ids, hidden: Tensor) -> None:
         """Nothing to learn: `propose` reads the context."""
 
-    def propose(self, context: Tensor, budget: Budget) -> DraftTree:
+    def propose(self, context: Ids, budget: Budget) -> DraftTree:
         self._read(context)
         depth = min(self._depth, budget.depth)
         seen = self._tokens
@@ -57,8 +57,8 @@ class NgramDrafter:
         self._tokens: list[int] = []
         self._ends: dict[tuple[int, ...], list[int]] = {}  # where each n-gram ended
 
-    def _read(self, context: Tensor) -> None:
-        for token in context[len(self._tokens) :].tolist():
+    def _read(self, context: Ids) -> None:
+        for token in listed(context[len(self._tokens) :]):
             self._tokens.append(token)
             for length in self._lengths:
                 if length <= len(self._tokens):
@@ -85,5 +85,4 @@ def _merge(sequences: list[list[int]]) -> DraftTree:
             counts[parent] += 1
             reached[parent] = counts[parent]
     log_probs = [math.log(count / (reached[parent] + 1)) for count, parent in zip(counts, parents)]
-    return DraftTree(torch.tensor(tokens, dtype=torch.int64), torch.tensor(parents, dtype=torch.int64),
-                     torch.tensor(log_probs, dtype=torch.float32))  # fmt: skip
+    return DraftTree(tokens, parents, log_probs)
