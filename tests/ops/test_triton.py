@@ -96,6 +96,24 @@ def test_no_expert_active_gives_zero(T: int) -> None:
     assert (y == 0).all()
 
 
+def gate_beside(up: Tensor, seed: int = 1) -> Tensor:
+    """A gate for these experts, with their NaN."""
+    gate = torch.randn(up.shape, generator=torch.Generator().manual_seed(seed)) / up.shape[-1] ** 0.5
+    return torch.where(up.isnan(), up, gate.to(up))
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton_invariant"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("T", "share"), [(1, 0.4), (2, 0.4), (9, 1.1), (33, 0.4), (64, 1.1)])
+def test_gated_experts_equal_the_reference(T: int, share: float, dtype: torch.dtype, backend: str) -> None:
+    x, up, down, weights = layer(T, 5, 32, 80, share=share, dtype=dtype)
+    gate = gate_beside(up)
+    y = sparse_ffn(x, up, down, weights, gate_proj_EFD=gate, backend=backend)
+    arguments = (tensor.float() for tensor in (x, up, down, weights))
+    expected = sparse_ffn(*arguments, gate_proj_EFD=gate.float(), backend="reference")
+    assert_close("y", y, expected, dtype)
+
+
 @pytest.mark.parametrize("T", [1, 3, 66])
 def test_transposed_tokens_and_weights_equal_the_reference(T: int) -> None:
     x, up, down, weights = layer(T, 4, 16, 32)
@@ -215,13 +233,16 @@ def test_index_of_active_experts_equals_the_reference(T: int, threshold: float) 
     [
         ({"up": lambda t: t.double()}, "one dtype"),
         ({"down": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)}, "contiguous"),
-        ({"gate": True}, "no gated experts"),
+        ({"tokens": 65, "gate": lambda t: t}, "up to 64 tokens of gated experts, got 65"),
+        ({"gate": lambda t: t.requires_grad_()}, "no gradient for gated experts"),
+        ({"gate": lambda t: t.double()}, "one dtype"),
+        ({"gate": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)}, "contiguous"),
     ],
 )
 def test_what_it_cannot_take_is_refused_with_the_reason(change: dict, reason: str) -> None:
-    x, up, down, weights = layer(2, 3, 16, 32)
+    x, up, down, weights = layer(change.get("tokens", 2), 3, 16, 32)
+    gate = change["gate"](up.clone()) if "gate" in change else None
     up, down = change.get("up", lambda t: t)(up), change.get("down", lambda t: t)(down)
-    gate = up if "gate" in change else None
     with pytest.raises(ValueError, match=reason):
         sparse_ffn(x, up, down, weights, gate_proj_EFD=gate, backend="triton")
 
@@ -236,6 +257,8 @@ def test_ops_satisfy_the_contract_of_torch_library() -> None:
     torch.library.opcheck(torch.ops.blockffn.sparse_ffn_triton, inputs, test_utils=("test_schema", "test_faketensor"))
     invariant = torch.ops.blockffn.sparse_ffn_triton_invariant
     torch.library.opcheck(invariant, inputs, test_utils=("test_schema", "test_faketensor"))
+    gated = (*inputs, gate_beside(inputs[1]))
+    torch.library.opcheck(torch.ops.blockffn.sparse_ffn_triton, gated, test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(torch.ops.blockffn.sparse_ffn_grouped, inputs, test_utils=("test_schema",))
 
 

@@ -128,7 +128,7 @@ def _attention_kernel(
         if is_own:
             count = tl.load(count_ptr).to(tl.int32)
             sees = tl.load(visible_ptr + token)
-            for start in range(0, T, BLOCK_N):
+            for start in tl.range(0, T, BLOCK_N, num_stages=1):  # more would not fit a small GPU
                 own = start + local_n
                 exists = own < T
                 clamped = tl.minimum(own, T - 1)

@@ -13,7 +13,7 @@ All tensors share one device and, on every backend but `reference`, one dtype fo
 
 Backends, in the order in which `auto` tries them:
     cpu        native kernels that read active rows only; batch-invariant; no gradient
-    triton     GPU kernels that read active experts only; no gated ones; differentiable
+    triton     GPU kernels that read active experts only; differentiable, but gated experts (up to 64 tokens)
     dense      two matrix products over all experts; differentiable; the training path
     reference  the definition, in float32, one expert after the other; differentiable; slow
 

@@ -29,20 +29,21 @@ def refuses_triton(
     gate_proj_EFD: Tensor | None = None,
 ) -> str | None:
     """Why the Triton kernels cannot take these tensors, or `None`."""
-    (E, F, D), tensors = up_proj_EFD.shape, (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
-    if gate_proj_EFD is not None:
-        return "it has no gated experts; use backend='dense'"
+    projections = (up_proj_EFD, down_proj_EFD, *([] if gate_proj_EFD is None else [gate_proj_EFD]))
+    (E, F, D), tensors = up_proj_EFD.shape, (x_TD, *projections, weights_TE)
+    if gate_proj_EFD is not None and needs_gradient(*tensors):
+        return "it has no gradient for gated experts; use backend='dense'"
+    if gate_proj_EFD is not None and len(x_TD) > MAX_CHUNK:
+        return f"it takes up to {MAX_CHUNK} tokens of gated experts, got {len(x_TD)}; use backend='dense'"
     reason = refuses_device(x_TD.device)
     if reason is not None:
         return reason
     if any(tensor.device != x_TD.device for tensor in tensors):
         return f"it needs all tensors on one device, got {sorted({str(tensor.device) for tensor in tensors})}"
-    if x_TD.dtype not in DTYPES or any(proj.dtype != x_TD.dtype for proj in (up_proj_EFD, down_proj_EFD)):
-        return (
-            "it needs x and experts of one dtype, bfloat16, float16 or float32; "
-            f"got {x_TD.dtype}, {up_proj_EFD.dtype} and {down_proj_EFD.dtype}"
-        )
-    if not (up_proj_EFD.is_contiguous() and down_proj_EFD.is_contiguous()):
+    if x_TD.dtype not in DTYPES or any(proj.dtype != x_TD.dtype for proj in projections):
+        dtypes = ", ".join(str(proj.dtype) for proj in projections)
+        return f"it needs x and experts of one dtype, bfloat16, float16 or float32; got {x_TD.dtype} and {dtypes}"
+    if not all(proj.is_contiguous() for proj in projections):
         return "it needs contiguous expert weights; call .contiguous() once when they are loaded"
     if D % 16 or F % 16:
         return f"it needs D and F to be multiples of 16, got {D} and {F}; use backend='dense'"
@@ -79,7 +80,7 @@ def sparse_ffn_triton(
     *,
     gate_proj_EFD: Tensor | None = None,
 ) -> Tensor:
-    """The sparse FFN on the GPU; shapes as in the op's contract, differentiable in all four tensors.
+    """The sparse FFN on the GPU; shapes as in the op's contract, differentiable in all four tensors without a gate.
 
     Weights of inactive experts are not read; active ones are read once for a chunk of up to 64 tokens. Experts in the
     union of a chunk must have finite weights, since their rows meet hidden values of 0 for tokens that do not use them.
@@ -90,7 +91,7 @@ def sparse_ffn_triton(
     if needs_gradient(*tensors):
         trained: Tensor = torch.ops.blockffn.sparse_ffn_grouped(*tensors)[0]
         return trained
-    result: Tensor = torch.ops.blockffn.sparse_ffn_triton(*tensors)
+    result: Tensor = torch.ops.blockffn.sparse_ffn_triton(*tensors, gate_proj_EFD)
     return result
 
 
@@ -122,7 +123,8 @@ def sparse_ffn_triton_invariant(
     One launch shape for any number of tokens, and sums in an order of expert numbers, to which experts that only other
     tokens activate add exact zeros. Every 32 tokens read the weights of their union anew.
     """
-    result: Tensor = torch.ops.blockffn.sparse_ffn_triton_invariant(x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
+    tensors = (x_TD, up_proj_EFD, down_proj_EFD, weights_TE)
+    result: Tensor = torch.ops.blockffn.sparse_ffn_triton_invariant(*tensors, gate_proj_EFD)
     return result
 
 
@@ -130,7 +132,9 @@ def needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _infer(x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor) -> Tensor:
+def _infer(
+    x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor, gate_proj_EFD: Tensor | None = None
+) -> Tensor:
     from blockffn.ops.sparse_ffn.triton_grouped import grouped_forward
     from blockffn.ops.sparse_ffn.triton_token import ffn_of_one_token
     from blockffn.ops.sparse_ffn.triton_union import ffn_over_union
@@ -140,23 +144,23 @@ def _infer(x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE:
     if T == 0:
         return torch.empty_like(tensors[0])
     if T == 1:
-        return ffn_of_one_token(*tensors, pdl=pdl)
+        return ffn_of_one_token(*tensors, gate_proj_EFD=gate_proj_EFD, pdl=pdl)
     if T <= MAX_CHUNK:
-        return ffn_over_union(*tensors, pdl=pdl)
+        return ffn_over_union(*tensors, gate_proj_EFD=gate_proj_EFD, pdl=pdl)
     return grouped_forward(*tensors, save=False)[0]
 
 
-def _infer_invariant(x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor) -> Tensor:
+def _infer_invariant(
+    x_TD: Tensor, up_proj_EFD: Tensor, down_proj_EFD: Tensor, weights_TE: Tensor, gate_proj_EFD: Tensor | None = None
+) -> Tensor:
     from blockffn.ops.sparse_ffn.triton_union import INVARIANT_CONFIG, INVARIANT_TOKENS, ffn_over_union
 
     pdl = has_dependent_launch(x_TD.device)
     tokens, weights = (tensor.contiguous().split(INVARIANT_TOKENS) for tensor in (x_TD, weights_TE))
     if x_TD.shape[0] == 0:
         return torch.empty_like(x_TD)
-    parts = [
-        ffn_over_union(x, up_proj_EFD, down_proj_EFD, w, config=INVARIANT_CONFIG, pdl=pdl)
-        for x, w in zip(tokens, weights, strict=True)
-    ]
+    shape = {"gate_proj_EFD": gate_proj_EFD, "config": INVARIANT_CONFIG, "pdl": pdl}
+    parts = [ffn_over_union(x, up_proj_EFD, down_proj_EFD, w, **shape) for x, w in zip(tokens, weights, strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -201,9 +205,9 @@ _EXPERTS = "Tensor x_TD, Tensor up_proj_EFD, Tensor down_proj_EFD, Tensor weight
 # On the CPU these run in the Triton interpreter, for tests.
 for _name, _run in (("sparse_ffn_triton", _infer), ("sparse_ffn_triton_invariant", _infer_invariant)):
     define(
-        f"{_name}({_EXPERTS}) -> Tensor",
+        f"{_name}({_EXPERTS}, Tensor? gate_proj_EFD=None) -> Tensor",
         {"CUDA": _run, "CPU": _run},
-        fake=lambda x_TD, up_proj_EFD, down_proj_EFD, weights_TE: x_TD.new_empty(x_TD.shape),
+        fake=lambda x_TD, *experts: x_TD.new_empty(x_TD.shape),
     )
 define(
     f"sparse_ffn_grouped({_EXPERTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

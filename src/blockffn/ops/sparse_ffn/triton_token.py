@@ -22,13 +22,14 @@ from blockffn.ops.sparse_ffn.triton_parts import let_next_kernel_start, relu_rms
 
 @triton.jit
 def _rows_kernel(
-    x_ptr, up_ptr, down_ptr, weights_ptr, logits_ptr, router_norm_ptr, partial_ptr, router_eps, threshold,
+    x_ptr, up_ptr, down_ptr, gate_ptr, weights_ptr, logits_ptr, router_norm_ptr, partial_ptr, router_eps, threshold,
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    ROUTE: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, ROUTE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partial[program] = sum over its rows of weight * silu(up[row] . x) * down[row].
 
-    With `ROUTE` each program computes the weights from the logits, and the first one stores them.
+    `GATED`: silu(gate[row] . x) * (up[row] . x) instead. With `ROUTE` each program computes the weights from the logits,
+    and the first one stores them.
     """
     experts = tl.arange(0, BLOCK_E)
     if ROUTE:
@@ -59,6 +60,8 @@ def _rows_kernel(
         at = rows[:, None] * D + columns[None, :]
         up = tl.load(up_ptr + at, mask=inside[None, :], other=0.0)
         down = tl.load(down_ptr + at, mask=inside[None, :], other=0.0)
+        if GATED:
+            gate = tl.load(gate_ptr + at, mask=inside[None, :], other=0.0)
         if ROUTE:
             weight = tl.sum(tl.where(chosen, weights, 0.0), axis=0)
         else:
@@ -66,7 +69,12 @@ def _rows_kernel(
         item += tl.num_programs(0)
         chosen = active & (ranks == item // steps + 1)
         place = tl.sum(tl.where(chosen, experts + 1, 0), axis=0)
-        hidden = silu(tl.sum(up.to(tl.float32) * x[None, :], axis=1)) * weight
+        hidden = tl.sum(up.to(tl.float32) * x[None, :], axis=1)
+        if GATED:
+            hidden *= silu(tl.sum(gate.to(tl.float32) * x[None, :], axis=1))
+        else:
+            hidden = silu(hidden)
+        hidden *= weight
         partial += tl.sum(down.to(tl.float32) * hidden[:, None], axis=0)
     tl.store(partial_ptr + tl.program_id(0) * D + columns, partial, mask=inside)
 
@@ -101,6 +109,7 @@ def ffn_of_one_token(
     down_proj_EFD: Tensor,
     weights_TE: Tensor,
     *,
+    gate_proj_EFD: Tensor | None = None,
     router: RouterLogits | None = None,
     pdl: bool = False,
 ) -> Tensor:
@@ -119,9 +128,10 @@ def ffn_of_one_token(
     launch = {"launch_pdl": True} if pdl else {}
     route = router or RouterLogits(weights_TE, weights_TE, 0.0, 0.0)  # not read without a router
     _rows_kernel[(programs,)](
-        x_TD, up_proj_EFD, down_proj_EFD, weights_TE, route.logits, route.norm, partial, route.eps, route.threshold,
-        E=E, D=D, F=F, BLOCK_E=triton.next_power_of_2(E), BLOCK_D=block_d, ROWS=rows, ROUTE=router is not None, PDL=pdl,
-        num_warps=4 if block_d <= 4096 else 8, **launch,
+        x_TD, up_proj_EFD, down_proj_EFD, up_proj_EFD if gate_proj_EFD is None else gate_proj_EFD, weights_TE,
+        route.logits, route.norm, partial, route.eps, route.threshold,
+        E=E, D=D, F=F, BLOCK_E=triton.next_power_of_2(E), BLOCK_D=block_d, ROWS=rows, GATED=gate_proj_EFD is not None,
+        ROUTE=router is not None, PDL=pdl, num_warps=4 if block_d <= 4096 else 8, **launch,
     )  # fmt: skip
     _sum_kernel[(triton.cdiv(D, 16),)](
         partial, y_TD,

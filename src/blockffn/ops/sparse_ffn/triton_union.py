@@ -92,9 +92,9 @@ def choose_config(num_tokens: int, num_experts: int) -> UnionConfig:
 
 @triton.jit
 def _narrow_blocks(
-    x_ptr, up_ptr, weights_ptr, hidden_ptr, active, num_tokens,
+    x_ptr, up_ptr, gate_ptr, weights_ptr, hidden_ptr, active, num_tokens,
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """The columns of a step are cut into `PARTS`, each summed by its own warp: one chain of products is slower."""
     columns = tl.arange(0, PARTS)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -105,26 +105,28 @@ def _narrow_blocks(
         row = row_of_item(active, item, E, F, ROWS, LANES)
         weights = tl.load(weights_ptr + tokens * E + row // F, mask=present, other=0.0)
         parts = tl.zeros([PARTS, ROWS, TOKENS], tl.float32)
+        gate_parts = tl.zeros([PARTS, ROWS, TOKENS], tl.float32)
         for start in tl.range(0, D, PARTS * BLOCK_D, num_stages=STAGES):
             inside = start + columns < D
-            tile = tl.load(
-                up_ptr + (row + local_rows)[None, :, None] * D + start + columns[:, None, :],
-                mask=inside[:, None, :], other=0.0,
-            )  # fmt: skip
+            at = (row + local_rows)[None, :, None] * D + start + columns[:, None, :]
+            tile = tl.load(up_ptr + at, mask=inside[:, None, :], other=0.0)
             x = tl.load(
                 x_ptr + tokens[None, None, :] * D + start + columns[:, :, None],
                 mask=inside[:, :, None] & present[None, None, :], other=0.0,
             )  # fmt: skip
             parts = tl.dot(tile, x, parts, input_precision="ieee")
+            if GATED:
+                gate_tile = tl.load(gate_ptr + at, mask=inside[:, None, :], other=0.0)
+                gate_parts = tl.dot(gate_tile, x, gate_parts, input_precision="ieee")
         at = hidden_ptr + tokens[None, :] * (E * F) + item * ROWS + local_rows[:, None]
-        _store_hidden(at, tl.sum(parts, axis=0), weights)
+        _store_hidden(at, tl.sum(parts, axis=0), tl.sum(gate_parts, axis=0), weights, GATED)
 
 
 @triton.jit
 def _wide_blocks(
-    x_ptr, up_ptr, weights_ptr, hidden_ptr, active, num_tokens,
+    x_ptr, up_ptr, gate_ptr, weights_ptr, hidden_ptr, active, num_tokens,
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """One product a step, by all warps: `x` is read once for many rows."""
     local_rows = tl.arange(0, ROWS)
@@ -133,36 +135,45 @@ def _wide_blocks(
     for item in range(tl.program_id(0), num_active(active) * (F // ROWS), tl.num_programs(0)):
         row = row_of_item(active, item, E, F, ROWS, LANES)
         weights = tl.load(weights_ptr + tokens * E + row // F, mask=present, other=0.0)
-        preact = tl.zeros([ROWS, TOKENS], tl.float32)
+        up = tl.zeros([ROWS, TOKENS], tl.float32)
+        gate = tl.zeros([ROWS, TOKENS], tl.float32)
         for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             columns = start + tl.arange(0, BLOCK_D)
             inside = columns < D
-            tile = tl.load(up_ptr + (row + local_rows)[:, None] * D + columns[None, :], mask=inside[None, :], other=0.0)
+            at = (row + local_rows)[:, None] * D + columns[None, :]
+            tile = tl.load(up_ptr + at, mask=inside[None, :], other=0.0)
             x = tl.load(
                 x_ptr + tokens[None, :] * D + columns[:, None], mask=inside[:, None] & present[None, :], other=0.0
             )
-            preact = tl.dot(tile, x, preact, input_precision="ieee")
+            up = tl.dot(tile, x, up, input_precision="ieee")
+            if GATED:
+                gate_tile = tl.load(gate_ptr + at, mask=inside[None, :], other=0.0)
+                gate = tl.dot(gate_tile, x, gate, input_precision="ieee")
         at = hidden_ptr + tokens[None, :] * (E * F) + item * ROWS + local_rows[:, None]
-        _store_hidden(at, preact, weights)
+        _store_hidden(at, up, gate, weights, GATED)
 
 
 @triton.jit
-def _store_hidden(at, preact, weights):
+def _store_hidden(at, up, gate, weights, GATED: tl.constexpr):
     weights = weights.to(tl.float32)[None, :]
-    hidden = tl.where(weights != 0, silu(preact) * weights, 0.0)
+    activated = silu(gate) * up if GATED else silu(up)
+    hidden = tl.where(weights != 0, activated * weights, 0.0)
     tl.store(at, hidden.to(at.dtype.element_ty))
 
 
 @triton.jit
 def _up_kernel(
-    x_ptr, up_ptr, weights_ptr, hidden_ptr, counter_ptr,
+    x_ptr, up_ptr, gate_ptr, weights_ptr, hidden_ptr, counter_ptr,
     num_tokens, wide_union,
     E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, TOKENS: tl.constexpr, LANES: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     WIDE_ROWS: tl.constexpr, WIDE_BLOCK_D: tl.constexpr, WIDE_STAGES: tl.constexpr,
-    COUNTERS: tl.constexpr, PDL: tl.constexpr,
+    COUNTERS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """hidden[t, rank * F + f] = weight[t] * silu(up[expert, f] . x[t]) over the union; 0 where inactive."""
+    """hidden[t, rank * F + f] = weight[t] * silu(up[expert, f] . x[t]) over the union; 0 where inactive.
+
+    `GATED`: silu(gate[expert, f] . x[t]) * (up[expert, f] . x[t]) instead.
+    """
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)
     if tl.program_id(0) == 0:
@@ -170,13 +181,13 @@ def _up_kernel(
     active = active_words(weights_ptr, num_tokens, E, TOKENS, LANES)
     if WIDE_ROWS > 0 and num_active(active) >= wide_union:
         _wide_blocks(
-            x_ptr, up_ptr, weights_ptr, hidden_ptr, active, num_tokens,
-            E, D, F, TOKENS, LANES, WIDE_ROWS, WIDE_BLOCK_D, WIDE_STAGES,
+            x_ptr, up_ptr, gate_ptr, weights_ptr, hidden_ptr, active, num_tokens,
+            E, D, F, TOKENS, LANES, WIDE_ROWS, WIDE_BLOCK_D, WIDE_STAGES, GATED,
         )  # fmt: skip
     else:
         _narrow_blocks(
-            x_ptr, up_ptr, weights_ptr, hidden_ptr, active, num_tokens,
-            E, D, F, TOKENS, LANES, ROWS, PARTS, BLOCK_D, STAGES,
+            x_ptr, up_ptr, gate_ptr, weights_ptr, hidden_ptr, active, num_tokens,
+            E, D, F, TOKENS, LANES, ROWS, PARTS, BLOCK_D, STAGES, GATED,
         )  # fmt: skip
 
 
@@ -239,13 +250,15 @@ def ffn_over_union(
     down_proj_EFD: Tensor,
     weights_TE: Tensor,
     *,
+    gate_proj_EFD: Tensor | None = None,
     config: UnionConfig | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """The sparse FFN of 1 to 64 tokens. All tensors contiguous; `pdl` needs compute capability 9.0 or newer."""
     T, (E, F, D) = x_TD.shape[0], up_proj_EFD.shape
     assert 1 <= T <= MAX_TOKENS
-    config = fit_shared_memory(config or choose_config(T, E), x_TD)
+    gated = gate_proj_EFD is not None
+    config = fit_shared_memory(config or choose_config(T, E), x_TD, gated=gated)
     tokens, processors = max(config.min_tokens, triton.next_power_of_2(T)), num_processors(x_TD.device)
     up_rows, wide_rows, down_rows = (min(F & -F, n) for n in (config.up_rows, config.wide_rows, config.down_rows))
     if wide_rows <= up_rows:
@@ -260,10 +273,11 @@ def ffn_over_union(
     shape = {"E": E, "D": D, "F": F, "TOKENS": tokens, "LANES": LANES, "PDL": pdl}
     launch = {"launch_pdl": True} if pdl else {}
     _up_kernel[(min(config.up_programs * processors, E * F // up_rows),)](
-        x_TD, up_proj_EFD, weights_TE, hidden, counter, T, wide_union,
+        x_TD, up_proj_EFD, up_proj_EFD if gate_proj_EFD is None else gate_proj_EFD, weights_TE, hidden, counter,
+        T, wide_union,
         **shape, ROWS=up_rows, PARTS=PARTS, BLOCK_D=max(16, min(triton.next_power_of_2(D), config.up_cols) // PARTS),
         STAGES=config.up_stages, WIDE_ROWS=wide_rows, WIDE_BLOCK_D=config.wide_cols, WIDE_STAGES=config.wide_stages,
-        COUNTERS=counters, num_warps=PARTS, **launch,
+        COUNTERS=counters, GATED=gated, num_warps=PARTS, **launch,
     )  # fmt: skip
     _down_kernel[(column_tiles, config.splits)](
         down_proj_EFD, weights_TE, hidden, y_TD, partial, counter, T,
@@ -273,8 +287,10 @@ def ffn_over_union(
     return y_TD
 
 
-def fit_shared_memory(config: UnionConfig, x_TD: Tensor) -> UnionConfig:
-    """Smaller blocks for float32: `choose_config` fills shared memory and registers with 16-bit values."""
+def fit_shared_memory(config: UnionConfig, x_TD: Tensor, *, gated: bool = False) -> UnionConfig:
+    """Smaller blocks for float32 and for gates: `choose_config` fills shared memory and registers without."""
+    if gated:
+        config = replace(config, up_cols=config.up_cols // 2, wide_rows=config.wide_rows // 2)
     if x_TD.element_size() <= 2:
         return config
     return replace(config, up_cols=config.up_cols // 2, wide_rows=0, down_rows=32, down_cols=32)
