@@ -248,7 +248,7 @@ class DecodeStep {
     multiply(worker, work.in, ahead, in_rows_, num_tokens_, in_, [](int64_t, int64_t) {});
     if (is_latent()) ahead = work.query.begin(threads);
     worker.clock.add_to(BLOCKFFN_PROJECTIONS);
-    for_each_token(worker, work.stored, [&](int64_t t) { store_position(index, t); });
+    share(worker, work.stored, num_store_tasks(), [&](int64_t task) { store(index, task); });
     int64_t task = work.attention_tasks.take();
     if (is_latent()) {
       multiply(worker, work.query, ahead, out_rows_, num_tokens_, query_, [](int64_t, int64_t) {});
@@ -318,18 +318,22 @@ class DecodeStep {
     }
   }
 
-  // When all threads have come: work(token) for all tokens, and when that is done all go on.
+  // When all threads have come: work(task) for all tasks, and when that is done all go on.
   template <typename Work>
-  void for_each_token(Worker& worker, Counter& counter, Work work) {
+  void share(Worker& worker, Counter& counter, int64_t num_tasks, Work work) {
     if (num_tokens_ <= kFewTokens) {
       meet(worker, [&] {
-        for (int64_t t = 0; t < num_tokens_; ++t) work(t);
+        for (int64_t task = 0; task < num_tasks; ++task) work(task);
       });
       return;
     }
     meet(worker, [] {});
-    for (int64_t t; (t = counter.take()) < num_tokens_;) work(t);
+    for (int64_t task; (task = counter.take()) < num_tasks;) work(task);
     meet(worker, [] {});
+  }
+  template <typename Work>
+  void for_each_token(Worker& worker, Counter& counter, Work work) {
+    share(worker, counter, num_tokens_, work);
   }
 
   template <typename Work>
@@ -376,28 +380,43 @@ class DecodeStep {
     for (int64_t i = 0; i < end - begin; ++i) x[i] += model_.residual_scale * sums[i];
   }
 
-  // Puts a token's keys and values into the cache; for latent attention also prepares its queries' latent.
-  void store_position(int64_t index, int64_t token) const {
+  // Between the first product and attention: for each head the keys and values of positions that lie together in the cache,
+  // then for latent attention the queries' latents, token by token.
+  int64_t num_store_tasks() const {
+    return model_.num_key_heads * Cache::num_blocks(positions_.row(0), num_tokens_) + (is_latent() ? num_tokens_ : 0);
+  }
+  void store(int64_t index, int64_t task) const {
+    const int64_t first = positions_.row(0), blocks = Cache::num_blocks(first, num_tokens_);
+    const int64_t head = task / blocks, block = task % blocks;
+    if (head >= model_.num_key_heads) return prepare_query(index, task - model_.num_key_heads * blocks);
+    const int64_t begin = larger(Cache::begin_of_block(first, block) - first, 0);
+    const int64_t end = Cache::begin_of_block(first, block + 1) - first;
+    for (int64_t t = begin; t < end && t < num_tokens_; ++t) store_position(index, head, t);
+  }
+
+  void store_position(int64_t index, int64_t head, int64_t token) const {
     const blockffn_layer& layer = model_.layers[index];
+    float* key = in_ + token * layers_[index].in.strips.padded_outputs();
+    const float* value;
+    if (is_latent()) {
+      key += round_up(model_.query_latent_size, kStrip);
+      isa_.normalize(key, layer.latent_norm, model_.latent_norm_eps, 1, model_.latent_size, key);
+      rotate(model_, positions_.of(token), key + model_.latent_size, 1, key + model_.latent_size);
+      value = key;
+    } else {
+      key += round_up(model_.num_heads * model_.rope_width, kStrip);
+      value = key + round_up(model_.num_key_heads * model_.rope_width, kStrip) + head * model_.value_width;
+      key += head * model_.rope_width;
+      rotate(model_, positions_.of(token), key, 1, key);
+    }
+    attention_.cache().write(index, head, positions_.row(token), key, value);
+  }
+
+  void prepare_query(int64_t index, int64_t token) const {
     const LayerWork& work = layers_[index];
     const float* row = in_ + token * work.in.strips.padded_outputs();
-    float* buffer = floats(token);
-    const int64_t row_in_cache = positions_.row(token), position = positions_.of(token);
-    if (is_latent()) {
-      isa_.normalize(row, layer.query_norm, model_.latent_norm_eps, 1, model_.query_latent_size, buffer);
-      prepare(work.query.strips, buffer, model_.query_latent_size, token, out_rows_);
-      row += round_up(model_.query_latent_size, kStrip);
-      isa_.normalize(row, layer.latent_norm, model_.latent_norm_eps, 1, model_.latent_size, buffer);
-      rotate(model_, position, row + model_.latent_size, 1, buffer + model_.latent_size);
-      attention_.cache().write(index, 0, row_in_cache, buffer, buffer);
-      return;
-    }
-    const float* key = row + round_up(model_.num_heads * model_.rope_width, kStrip);
-    const float* value = key + round_up(model_.num_key_heads * model_.rope_width, kStrip);
-    for (int64_t head = 0; head < model_.num_key_heads; ++head) {
-      rotate(model_, position, key + head * model_.rope_width, 1, buffer);
-      attention_.cache().write(index, head, row_in_cache, buffer, value + head * model_.value_width);
-    }
+    isa_.normalize(row, model_.layers[index].query_norm, model_.latent_norm_eps, 1, model_.query_latent_size, floats(token));
+    prepare(work.query.strips, floats(token), model_.query_latent_size, token, out_rows_);
   }
 
   // From the router's outputs to the active pairs and their counts.
