@@ -18,6 +18,7 @@ namespace {
 using namespace blockffn;
 
 constexpr int64_t kFewTokens = 2;
+constexpr int64_t kRun = 16;  // strips whose sums are used before they have left the first cache
 constexpr int64_t kAhead = 64 << 10;  // bytes of the next phase that memory delivers while threads wait for each other
 
 // A matrix whose strips the threads share.
@@ -195,7 +196,7 @@ class DecodeStep {
       ranking_.rank_pieces();
       meet(worker, [&] { ranking_.merge(); });
     }
-    if (step_.choices) {
+    if (step_.choices && !step_.num_exact) {
       meet(worker, [] {});
       choosing_.choose_in_pieces();
       worker.clock.add_to(BLOCKFFN_HEAD);
@@ -207,16 +208,17 @@ class DecodeStep {
   // The head's largest logits, see screening.h.
   void screen(Worker& worker, Stretch ahead) {
     const auto row = [&](int64_t i) { return in_rows_ + i * head_.strips.activation_bytes(); };
-    multiply(worker, screen_, ahead, out_rows_, step_.num_logits, step_.logits, [](int64_t, int64_t) {});
-    worker.clock.add_to(BLOCKFFN_HEAD);
-    meet(worker, [] {});
-    screening_.rank_pieces();
+    multiply(worker, screen_, ahead, out_rows_, step_.num_logits, step_.logits,
+             [&](int64_t begin, int64_t end) { screening_.bound(begin, end); });
     worker.clock.add_to(BLOCKFFN_HEAD);
     meet(worker, [&] { screening_.choose(); });
     screening_.read_chosen(row);
     worker.clock.add_to(BLOCKFFN_HEAD);
     meet(worker, [&] { screening_.set_bars(); });
     screening_.read_rest(row);
+    if (!step_.choices) return;
+    worker.clock.add_to(BLOCKFFN_HEAD);
+    meet(worker, [&] { screening_.choose_outputs(); });
   }
 
   // fusion * [norm(embedding), norm(state)] of a draft model.
@@ -309,12 +311,14 @@ class DecodeStep {
     for (Stretch next; !stretch.empty(); stretch = next) {
       next = product.take(worker.num_threads);
       const Reading reading = Reading::from_to(product.at(stretch.end), next.empty() ? nullptr : product.at(next.begin));
-      multiply_strips(
-          isa_, product.strips, product.at(stretch.begin), stretch.end - stretch.begin, num_rows, false, reading,
-          [&](int64_t i) { return rows + i * row_bytes; },
-          [&](int64_t i) { return sums + i * stride + stretch.begin * kStrip; });
-      const int64_t end = stretch.end * kStrip;
-      done(stretch.begin * kStrip, end < product.strips.outputs ? end : product.strips.outputs);
+      for (int64_t begin = stretch.begin, end; begin < stretch.end; begin = end) {
+        end = begin + kRun < stretch.end ? begin + kRun : stretch.end;
+        multiply_strips(
+            isa_, product.strips, product.at(begin), end - begin, num_rows, false, reading,
+            [&](int64_t i) { return rows + i * row_bytes; },
+            [&](int64_t i) { return sums + i * stride + begin * kStrip; });
+        done(begin * kStrip, end * kStrip < product.strips.outputs ? end * kStrip : product.strips.outputs);
+      }
     }
   }
 

@@ -363,6 +363,24 @@ float exponentials(float* values, int64_t count) {
   return sum_of_lanes(sums);
 }
 
+// The largest of 2 * kHalf values, which it overwrites; those that are NaN may count or not.
+template <int kHalf>
+inline float largest_of(float* values) {
+  for (int i = 0; i < kHalf; ++i) values[i] = values[i + kHalf] > values[i] ? values[i + kHalf] : values[i];
+  if constexpr (kHalf > 1) return largest_of<kHalf / 2>(values);
+  return values[0];
+}
+
+void bound(const float* values, const float* errors, float by_error, float by_norm, float* largest, float* limit) {
+  float copies[kStrip], limits[kStrip];
+  int any_nan = 0;
+  for (int i = 0; i < kStrip; ++i) copies[i] = values[i];
+  for (int i = 0; i < kStrip; ++i) limits[i] = values[i] + (errors[i] * by_error + errors[kStrip + i] * by_norm);
+  for (int i = 0; i < kStrip; ++i) any_nan |= !(limits[i] == limits[i]);
+  *largest = largest_of<kStrip / 2>(copies);
+  *limit = any_nan ? __builtin_nanf("") : largest_of<kStrip / 2>(limits);
+}
+
 template <bool kIsBf16>
 inline typename Vec::F load_plain(const void* weights, int64_t index) {
   if constexpr (kIsBf16) return Vec::load_bf16(static_cast<const uint16_t*>(weights) + index);
@@ -502,6 +520,7 @@ constexpr Kernels make_kernels(const char* name) {
                  activate,
                  normalize,
                  exponentials,
+                 bound,
                  dot_rows,
                  add_rows,
                  widen,

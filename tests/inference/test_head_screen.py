@@ -126,7 +126,7 @@ def test_what_rounding_the_state_hides_is_decided_exactly(format: str, screen: s
 
 @pytest.mark.parametrize(("format", "screen"), PAIRS)
 def test_of_a_state_of_several_groups_nothing_but_the_answers_strip_is_read(format: str, screen: str) -> None:
-    """The answers lie in the last piece that one thread ranks; an outlier makes the scales of groups differ."""
+    """The answers lie in the last strip; an outlier makes the scales of groups differ."""
     model = tiny(160)
     with torch.no_grad():
         model.model.norm.weight[70] = 20.0
