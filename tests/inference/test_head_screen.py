@@ -22,7 +22,7 @@ from tests.models.conftest import tiny_model
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="the native kernels are not built")
 
-VOCAB = 4500  # more than a piece that one thread ranks, and no multiple of 32
+VOCAB = 4500  # several stretches of strips for each thread, and no multiple of 32
 PAIRS = [(head, screen) for head, screens in SCREENS.items() for screen in screens]
 TREE = torch.tensor([-1, 0, 0, 1, 3])
 
