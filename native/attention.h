@@ -69,9 +69,8 @@ class Attention {
         keys_(cache_.keys(positions.count())),
         value_inputs_(round_up(positions.count(), 2)),
         groups_(model.num_heads / model.num_key_heads) {
-    // Heads that share keys are split so that there is work for all threads, and twice as much where it is long.
-    const int64_t wanted = num_threads * (positions.num_tokens > 1 ? 2 : 1);
-    const int64_t splits = (wanted + model.num_key_heads - 1) / model.num_key_heads;
+    // Heads that share keys are split so that there is work for all threads, but no further: each task reads the cache.
+    const int64_t splits = (num_threads + model.num_key_heads - 1) / model.num_key_heads;
     splits_ = splits < groups_ ? splits : groups_;
   }
 

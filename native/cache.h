@@ -29,6 +29,11 @@ class Cache {
     return model.attention == BLOCKFFN_LATENT ? model.latent_size : model.value_width;
   }
 
+  // Positions whose keys lie in the same cache lines: aligned blocks, each of which one thread writes.
+  static constexpr int64_t kBlock = 16;
+  static int64_t num_blocks(int64_t position, int64_t count) { return (position + count - 1) / kBlock - position / kBlock + 1; }
+  static int64_t begin_of_block(int64_t position, int64_t block) { return (position / kBlock + block) * kBlock; }
+
   int format() const { return keys_.format; }
   int64_t layer_bytes() const { return heads_ * (keys_.total_bytes() + values_.total_bytes()); }
   // Keys as a matrix of `positions` outputs; values as one of `positions` inputs, whose strips lie value_strip_bytes apart.

@@ -18,6 +18,7 @@ namespace {
 using namespace blockffn;
 
 constexpr int64_t kFewTokens = 2;
+constexpr int64_t kRun = 16;  // strips whose sums are used before they have left the first cache
 constexpr int64_t kAhead = 64 << 10;  // bytes of the next phase that memory delivers while threads wait for each other
 
 // A matrix whose strips the threads share.
@@ -195,7 +196,7 @@ class DecodeStep {
       ranking_.rank_pieces();
       meet(worker, [&] { ranking_.merge(); });
     }
-    if (step_.choices) {
+    if (step_.choices && !step_.num_exact) {
       meet(worker, [] {});
       choosing_.choose_in_pieces();
       worker.clock.add_to(BLOCKFFN_HEAD);
@@ -207,16 +208,17 @@ class DecodeStep {
   // The head's largest logits, see screening.h.
   void screen(Worker& worker, Stretch ahead) {
     const auto row = [&](int64_t i) { return in_rows_ + i * head_.strips.activation_bytes(); };
-    multiply(worker, screen_, ahead, out_rows_, step_.num_logits, step_.logits, [](int64_t, int64_t) {});
-    worker.clock.add_to(BLOCKFFN_HEAD);
-    meet(worker, [] {});
-    screening_.rank_pieces();
+    multiply(worker, screen_, ahead, out_rows_, step_.num_logits, step_.logits,
+             [&](int64_t begin, int64_t end) { screening_.bound(begin, end); });
     worker.clock.add_to(BLOCKFFN_HEAD);
     meet(worker, [&] { screening_.choose(); });
     screening_.read_chosen(row);
     worker.clock.add_to(BLOCKFFN_HEAD);
     meet(worker, [&] { screening_.set_bars(); });
     screening_.read_rest(row);
+    if (!step_.choices) return;
+    worker.clock.add_to(BLOCKFFN_HEAD);
+    meet(worker, [&] { screening_.choose_outputs(); });
   }
 
   // fusion * [norm(embedding), norm(state)] of a draft model.
@@ -248,7 +250,7 @@ class DecodeStep {
     multiply(worker, work.in, ahead, in_rows_, num_tokens_, in_, [](int64_t, int64_t) {});
     if (is_latent()) ahead = work.query.begin(threads);
     worker.clock.add_to(BLOCKFFN_PROJECTIONS);
-    for_each_token(worker, work.stored, [&](int64_t t) { store_position(index, t); });
+    share(worker, work.stored, num_store_tasks(), [&](int64_t task) { store(index, task); });
     int64_t task = work.attention_tasks.take();
     if (is_latent()) {
       multiply(worker, work.query, ahead, out_rows_, num_tokens_, query_, [](int64_t, int64_t) {});
@@ -309,27 +311,33 @@ class DecodeStep {
     for (Stretch next; !stretch.empty(); stretch = next) {
       next = product.take(worker.num_threads);
       const Reading reading = Reading::from_to(product.at(stretch.end), next.empty() ? nullptr : product.at(next.begin));
-      multiply_strips(
-          isa_, product.strips, product.at(stretch.begin), stretch.end - stretch.begin, num_rows, false, reading,
-          [&](int64_t i) { return rows + i * row_bytes; },
-          [&](int64_t i) { return sums + i * stride + stretch.begin * kStrip; });
-      const int64_t end = stretch.end * kStrip;
-      done(stretch.begin * kStrip, end < product.strips.outputs ? end : product.strips.outputs);
+      for (int64_t begin = stretch.begin, end; begin < stretch.end; begin = end) {
+        end = begin + kRun < stretch.end ? begin + kRun : stretch.end;
+        multiply_strips(
+            isa_, product.strips, product.at(begin), end - begin, num_rows, false, reading,
+            [&](int64_t i) { return rows + i * row_bytes; },
+            [&](int64_t i) { return sums + i * stride + begin * kStrip; });
+        done(begin * kStrip, end * kStrip < product.strips.outputs ? end * kStrip : product.strips.outputs);
+      }
     }
   }
 
-  // When all threads have come: work(token) for all tokens, and when that is done all go on.
+  // When all threads have come: work(task) for all tasks, and when that is done all go on.
   template <typename Work>
-  void for_each_token(Worker& worker, Counter& counter, Work work) {
+  void share(Worker& worker, Counter& counter, int64_t num_tasks, Work work) {
     if (num_tokens_ <= kFewTokens) {
       meet(worker, [&] {
-        for (int64_t t = 0; t < num_tokens_; ++t) work(t);
+        for (int64_t task = 0; task < num_tasks; ++task) work(task);
       });
       return;
     }
     meet(worker, [] {});
-    for (int64_t t; (t = counter.take()) < num_tokens_;) work(t);
+    for (int64_t task; (task = counter.take()) < num_tasks;) work(task);
     meet(worker, [] {});
+  }
+  template <typename Work>
+  void for_each_token(Worker& worker, Counter& counter, Work work) {
+    share(worker, counter, num_tokens_, work);
   }
 
   template <typename Work>
@@ -376,28 +384,43 @@ class DecodeStep {
     for (int64_t i = 0; i < end - begin; ++i) x[i] += model_.residual_scale * sums[i];
   }
 
-  // Puts a token's keys and values into the cache; for latent attention also prepares its queries' latent.
-  void store_position(int64_t index, int64_t token) const {
+  // Between the first product and attention: for each head the keys and values of positions that lie together in the cache,
+  // then for latent attention the queries' latents, token by token.
+  int64_t num_store_tasks() const {
+    return model_.num_key_heads * Cache::num_blocks(positions_.row(0), num_tokens_) + (is_latent() ? num_tokens_ : 0);
+  }
+  void store(int64_t index, int64_t task) const {
+    const int64_t first = positions_.row(0), blocks = Cache::num_blocks(first, num_tokens_);
+    const int64_t head = task / blocks, block = task % blocks;
+    if (head >= model_.num_key_heads) return prepare_query(index, task - model_.num_key_heads * blocks);
+    const int64_t begin = larger(Cache::begin_of_block(first, block) - first, 0);
+    const int64_t end = Cache::begin_of_block(first, block + 1) - first;
+    for (int64_t t = begin; t < end && t < num_tokens_; ++t) store_position(index, head, t);
+  }
+
+  void store_position(int64_t index, int64_t head, int64_t token) const {
     const blockffn_layer& layer = model_.layers[index];
+    float* key = in_ + token * layers_[index].in.strips.padded_outputs();
+    const float* value;
+    if (is_latent()) {
+      key += round_up(model_.query_latent_size, kStrip);
+      isa_.normalize(key, layer.latent_norm, model_.latent_norm_eps, 1, model_.latent_size, key);
+      rotate(model_, positions_.of(token), key + model_.latent_size, 1, key + model_.latent_size);
+      value = key;
+    } else {
+      key += round_up(model_.num_heads * model_.rope_width, kStrip);
+      value = key + round_up(model_.num_key_heads * model_.rope_width, kStrip) + head * model_.value_width;
+      key += head * model_.rope_width;
+      rotate(model_, positions_.of(token), key, 1, key);
+    }
+    attention_.cache().write(index, head, positions_.row(token), key, value);
+  }
+
+  void prepare_query(int64_t index, int64_t token) const {
     const LayerWork& work = layers_[index];
     const float* row = in_ + token * work.in.strips.padded_outputs();
-    float* buffer = floats(token);
-    const int64_t row_in_cache = positions_.row(token), position = positions_.of(token);
-    if (is_latent()) {
-      isa_.normalize(row, layer.query_norm, model_.latent_norm_eps, 1, model_.query_latent_size, buffer);
-      prepare(work.query.strips, buffer, model_.query_latent_size, token, out_rows_);
-      row += round_up(model_.query_latent_size, kStrip);
-      isa_.normalize(row, layer.latent_norm, model_.latent_norm_eps, 1, model_.latent_size, buffer);
-      rotate(model_, position, row + model_.latent_size, 1, buffer + model_.latent_size);
-      attention_.cache().write(index, 0, row_in_cache, buffer, buffer);
-      return;
-    }
-    const float* key = row + round_up(model_.num_heads * model_.rope_width, kStrip);
-    const float* value = key + round_up(model_.num_key_heads * model_.rope_width, kStrip);
-    for (int64_t head = 0; head < model_.num_key_heads; ++head) {
-      rotate(model_, position, key + head * model_.rope_width, 1, buffer);
-      attention_.cache().write(index, head, row_in_cache, buffer, value + head * model_.value_width);
-    }
+    isa_.normalize(row, model_.layers[index].query_norm, model_.latent_norm_eps, 1, model_.query_latent_size, floats(token));
+    prepare(work.query.strips, floats(token), model_.query_latent_size, token, out_rows_);
   }
 
   // From the router's outputs to the active pairs and their counts.

@@ -66,6 +66,8 @@ struct Kernels {
   void (*normalize)(const float* x, const float* weight, float eps, float factor, int64_t count, float* out);
   // values[i] = exp(values[i] - max), at least e^-87; returns their sum. The result of a count depends on nothing else.
   float (*exponentials)(float* values, int64_t count);
+  // Of a strip of values, the largest, and the largest of value + errors[0] * by_error + errors[1] * by_norm; NaN if one is.
+  void (*bound)(const float* values, const float* errors, float by_error, float by_norm, float* largest, float* limit);
   // Rows of plain [rows][count] weights: outputs[m][r] = dot(weights[r], x[m]); bf16 weights when `is_bf16`.
   void (*dot_rows)(const void* weights, bool is_bf16, int64_t rows, int64_t count, const float* const* x, int num_tokens,
                    float* const* outputs);

@@ -89,19 +89,52 @@ inline const uint8_t* dot_group8(const StripCall& call, const uint8_t* w, int64_
   return w;
 }
 
-// The same for int4, whose small products are summed in `Vec::P`: narrow lanes, where they are cheaper, for as long as
-// they fit.
+// The same for int4: of eight inputs the first four are low nibbles, the others high ones.
 template <int M, int N, bool kFetch>
 inline const uint8_t* dot_group4(const StripCall& call, const uint8_t* w, int64_t k, const int8_t* const* x,
                                  typename Vec::I (*dot)[N]) {
   using I = typename Vec::I;
+  constexpr bool kTwoSums = M <= 2 && Vec::kDot4Waits;
+  I high_dot[M][N];
+  if constexpr (kTwoSums)
+    for (auto& token : high_dot)
+      for (I& sum : token) sum = Vec::broadcast_int(0);
+  for (const int64_t end = k + call.group; k < end; k += 8, w += kStrip * 4) {
+    I low[N], high[N];
+    if (kFetch) prefetch(call, w);
+    for (int n = 0; n < N; ++n) {
+      const I code = Vec::load_codes(w + n * Vec::kLanes * 4);
+      low[n] = Vec::low_nibbles(code);
+      high[n] = Vec::high_nibbles(code);
+    }
+    for (int m = 0; m < M; ++m) {
+      const I a = Vec::broadcast_bytes(x[m] + k);
+      for (int n = 0; n < N; ++n) dot[m][n] = Vec::dot4(dot[m][n], low[n], a);
+    }
+    for (int m = 0; m < M; ++m) {
+      const I a = Vec::broadcast_bytes(x[m] + k + 4);
+      for (int n = 0; n < N; ++n) {
+        I& sum = kTwoSums ? high_dot[m][n] : dot[m][n];
+        sum = Vec::dot4(sum, high[n], a);
+      }
+    }
+  }
+  if constexpr (kTwoSums)
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) dot[m][n] = Vec::add_int(dot[m][n], high_dot[m][n]);
+  return w;
+}
+
+// The same with products summed in `Vec::P`: narrow lanes, where they are cheaper, for the `kInputs4` that fit.
+template <int M, int N, bool kFetch>
+inline const uint8_t* dot_group4_narrow(const StripCall& call, const uint8_t* w, int64_t k, const int8_t* const* x,
+                                        typename Vec::I (*dot)[N]) {
+  using I = typename Vec::I;
   using P = typename Vec::P;
-  constexpr int kParts = M <= 2 && Vec::kDot4Waits ? 2 : 1;
   for (const int64_t end = k + call.group; k < end;) {
-    P parts[kParts][M][N];
-    for (auto& part : parts)
-      for (auto& token : part)
-        for (P& sum : token) sum = Vec::zero4();
+    P sum[M][N];
+    for (auto& token : sum)
+      for (P& part : token) part = Vec::zero4();
     const int64_t fits = end - k < Vec::kInputs4 ? end - k : Vec::kInputs4;
     for (const int64_t stop = k + fits; k < stop; k += 8, w += kStrip * 4) {
       I code[N], low[N], high[N];
@@ -111,13 +144,12 @@ inline const uint8_t* dot_group4(const StripCall& call, const uint8_t* w, int64_
       for (int n = 0; n < N; ++n) high[n] = Vec::high_nibbles(code[n]);
       for (int m = 0; m < M; ++m) {
         const I a = Vec::broadcast_bytes(x[m] + k), b = Vec::broadcast_bytes(x[m] + k + 4);
-        for (int n = 0; n < N; ++n) parts[0][m][n] = Vec::dot4(parts[0][m][n], low[n], a);
-        for (int n = 0; n < N; ++n) parts[kParts - 1][m][n] = Vec::dot4(parts[kParts - 1][m][n], high[n], b);
+        for (int n = 0; n < N; ++n) sum[m][n] = Vec::dot4(sum[m][n], low[n], a);
+        for (int n = 0; n < N; ++n) sum[m][n] = Vec::dot4(sum[m][n], high[n], b);
       }
     }
-    for (const auto& part : parts)
-      for (int m = 0; m < M; ++m)
-        for (int n = 0; n < N; ++n) dot[m][n] = Vec::add_int(dot[m][n], Vec::widen4(part[m][n]));
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) dot[m][n] = Vec::add_int(dot[m][n], Vec::widen4(sum[m][n]));
   }
   return w;
 }
@@ -150,8 +182,10 @@ inline const uint8_t* integer_tile(const StripCall& call, const uint8_t* w, int6
     const uint8_t* codes = w + lane * 4;
     if constexpr (kFormat == kInt8)
       w = dot_group8<M, N, kFetch>(call, codes, g * call.group, x, dot) - lane * 4;
-    else
+    else if constexpr (Vec::kInputs4 == 0)
       w = dot_group4<M, N, kFetch>(call, codes, g * call.group, x, dot) - lane * 4;
+    else
+      w = dot_group4_narrow<M, N, kFetch>(call, codes, g * call.group, x, dot) - lane * 4;
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < N; ++n)
         sum[m][n] =
@@ -329,6 +363,24 @@ float exponentials(float* values, int64_t count) {
   return sum_of_lanes(sums);
 }
 
+// The largest of 2 * kHalf values, which it overwrites; those that are NaN may count or not.
+template <int kHalf>
+inline float largest_of(float* values) {
+  for (int i = 0; i < kHalf; ++i) values[i] = values[i + kHalf] > values[i] ? values[i + kHalf] : values[i];
+  if constexpr (kHalf > 1) return largest_of<kHalf / 2>(values);
+  return values[0];
+}
+
+void bound(const float* values, const float* errors, float by_error, float by_norm, float* largest, float* limit) {
+  float copies[kStrip], limits[kStrip];
+  int any_nan = 0;
+  for (int i = 0; i < kStrip; ++i) copies[i] = values[i];
+  for (int i = 0; i < kStrip; ++i) limits[i] = values[i] + (errors[i] * by_error + errors[kStrip + i] * by_norm);
+  for (int i = 0; i < kStrip; ++i) any_nan |= !(limits[i] == limits[i]);
+  *largest = largest_of<kStrip / 2>(copies);
+  *limit = any_nan ? __builtin_nanf("") : largest_of<kStrip / 2>(limits);
+}
+
 template <bool kIsBf16>
 inline typename Vec::F load_plain(const void* weights, int64_t index) {
   if constexpr (kIsBf16) return Vec::load_bf16(static_cast<const uint16_t*>(weights) + index);
@@ -468,6 +520,7 @@ constexpr Kernels make_kernels(const char* name) {
                  activate,
                  normalize,
                  exponentials,
+                 bound,
                  dot_rows,
                  add_rows,
                  widen,

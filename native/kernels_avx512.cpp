@@ -17,7 +17,7 @@ struct Vec {
   static constexpr bool kTwoSums = true;
   static constexpr int kOffset8 = 128;   // vpdpbusd takes the codes as they are
   static constexpr int kOffset4 = 8;
-  static constexpr int kInputs4 = 128;
+  static constexpr int kInputs4 = 0;     // any number: dot4 sums in lanes of 32 bits
   static constexpr bool kDot4Waits = true;
 
   static F zero() { return _mm512_setzero_ps(); }

@@ -45,6 +45,12 @@ void bf16_strip(const StripCall& call) {
     case 4: return bf16_tile<4>(call);
     case 5: return bf16_tile<5>(call);
     case 6: return bf16_tile<6>(call);
+    case 7: return bf16_tile<7>(call);
+    case 8: return bf16_tile<8>(call);
+    case 9: return bf16_tile<9>(call);
+    case 10: return bf16_tile<10>(call);
+    case 11: return bf16_tile<11>(call);
+    case 12: return bf16_tile<12>(call);
   }
 }
 
@@ -62,6 +68,7 @@ const Kernels* blockffn::avx512_bf16_kernels() {
   static Kernels kernels;  // every thread writes the same values
   kernels = *base;
   kernels.name = "avx512_bf16";
+  kernels.max_tokens[kBf16] = 12;  // 24 sums
   kernels.strip[kBf16] = bf16_strip;
   kernels.prepare[kBf16] = prepare_bf16;
   return &kernels;

@@ -20,7 +20,7 @@ struct Vec {
   static constexpr bool kTwoSums = false;
   static constexpr int kOffset8 = 0;     // dot8 centres the codes itself
   static constexpr int kOffset4 = 8;
-  static constexpr int kInputs4 = 128;
+  static constexpr int kInputs4 = 0;     // any number: dot4 sums in lanes of 32 bits
   static constexpr bool kDot4Waits = true;
 
   static F zero() { return vdupq_n_f32(0); }

@@ -16,7 +16,7 @@ struct Vec {
   static constexpr bool kTwoSums = false;
   static constexpr int kOffset8 = 128;
   static constexpr int kOffset4 = 8;
-  static constexpr int kInputs4 = 128;
+  static constexpr int kInputs4 = 0;     // any number: dot4 sums in lanes of 32 bits
   static constexpr bool kDot4Waits = false;
 
   static F zero() { return F{0, 0, 0, 0}; }

@@ -22,7 +22,7 @@ from tests.models.conftest import tiny_model
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="the native kernels are not built")
 
-VOCAB = 4500  # more than a piece that one thread ranks, and no multiple of 32
+VOCAB = 4500  # several stretches of strips for each thread, and no multiple of 32
 PAIRS = [(head, screen) for head, screens in SCREENS.items() for screen in screens]
 TREE = torch.tensor([-1, 0, 0, 1, 3])
 
@@ -126,7 +126,7 @@ def test_what_rounding_the_state_hides_is_decided_exactly(format: str, screen: s
 
 @pytest.mark.parametrize(("format", "screen"), PAIRS)
 def test_of_a_state_of_several_groups_nothing_but_the_answers_strip_is_read(format: str, screen: str) -> None:
-    """The answers lie in the last piece that one thread ranks; an outlier makes the scales of groups differ."""
+    """The answers lie in the last strip; an outlier makes the scales of groups differ."""
     model = tiny(160)
     with torch.no_grad():
         model.model.norm.weight[70] = 20.0

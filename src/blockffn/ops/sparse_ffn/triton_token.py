@@ -28,8 +28,8 @@ def _rows_kernel(
 ):  # fmt: skip
     """partial[program] = sum over its rows of weight * silu(up[row] . x) * down[row].
 
-    `GATED`: silu(gate[row] . x) * (up[row] . x) instead. With `ROUTE` each program computes the weights from the logits,
-    and the first one stores them.
+    `GATED`: silu(gate[row] . x) * (up[row] . x) instead. With `ROUTE` each program computes the weights from the
+    logits, and the first one stores them.
     """
     experts = tl.arange(0, BLOCK_E)
     if ROUTE:
