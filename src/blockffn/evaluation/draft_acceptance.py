@@ -10,12 +10,12 @@ from torch import Tensor
 
 from blockffn.inference.decode import GenerationSettings
 from blockffn.inference.model_target import ModelTarget
-from blockffn.inference.speculative.decode import Speculation, speculative_generate
+from blockffn.inference.speculative.decode import Shaper, Speculation, speculative_generate
 from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.drafters.eagle import eagle_drafter
 from blockffn.inference.speculative.drafters.ngram import NgramDrafter
 from blockffn.inference.speculative.estimates import AcceptanceEstimate
-from blockffn.inference.speculative.growth import BestNodes, Budget
+from blockffn.inference.speculative.growth import BestNodes
 from blockffn.inference.speculative.statistics import SpeculationStatistics
 from blockffn.inference.speculative.tree import DraftTree
 from blockffn.inference.speculative.verify import Verdict
@@ -91,20 +91,11 @@ def decoding_acceptance(
     }
 
 
-class _Listener:
+class _Listener(Shaper):
     """A shaper that leaves trees as they are and lets an estimate learn from them."""
 
     def __init__(self, estimate: AcceptanceEstimate) -> None:
         self._estimate = estimate
-
-    def start(self, tokens: int) -> None:
-        """Every text is like the others."""
-
-    def budget(self, most: Budget) -> Budget:
-        return most
-
-    def shape(self, tree: DraftTree) -> DraftTree:
-        return tree
 
     def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None:
         self._estimate.observe(tree, verdict)

@@ -15,7 +15,7 @@ from blockffn.inference.speculative.decode import Shaper, Speculation, speculati
 from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.drafters.ngram import NgramDrafter
-from blockffn.inference.speculative.growth import BestNodes, Budget, DrawnNodes
+from blockffn.inference.speculative.growth import BestNodes, DrawnNodes
 from blockffn.inference.speculative.lossless import Difference, first_difference
 from blockffn.inference.speculative.statistics import SpeculationStatistics
 from blockffn.inference.speculative.tree import DraftTree
@@ -305,7 +305,7 @@ def test_a_target_may_run_the_prompt_in_its_own_way(bigram: BigramTarget) -> Non
     assert tokens == generate(bigram, PROMPT, greedy(9)).token_ids
 
 
-class HalfShaper:
+class HalfShaper(Shaper):
     """Keeps half of every tree."""
 
     def __init__(self) -> None:
@@ -313,9 +313,6 @@ class HalfShaper:
 
     def start(self, tokens: int) -> None:
         self.texts.append(tokens)
-
-    def budget(self, most: Budget) -> Budget:
-        return most
 
     def shape(self, tree: DraftTree) -> DraftTree:
         return tree.best(len(tree) // 2)

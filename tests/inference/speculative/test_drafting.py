@@ -75,7 +75,7 @@ def test_the_first_round_counts_for_a_third_and_later_ones_for_less_until_they_a
     assert one.worth(0, 1) == pytest.approx(after_one * (1 - 1 / (FEWEST_ROUNDS + 2)))
     before = one.worth(0, 1)
     for _ in range(200):
-        one.forget()
+        one.forget(1)
     one.learn(drafted, [0.0] * LAST, steps=1, rate=0.1, read=0)
     assert one.worth(0, 1) == pytest.approx(before * (1 - 1 / (FEWEST_ROUNDS + 1)))
 

@@ -124,7 +124,7 @@ def test_what_was_not_measured_for_long_is_learnt_anew_at_once() -> None:
         for _ in range(100):
             estimate.observe((1,), 1.0)
     for _ in range(400):
-        stale.forget()
+        stale.forget(1)
     for estimate in (known, stale):
         estimate.observe((1,), 2.0)
     assert known.prices[0] < 1.1

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,7 +18,16 @@ from blockffn.inference.speculative.decode import Speculation
 from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.estimates import UnionEstimate
 from blockffn.inference.speculative.growth import BestNodes, Budget
-from blockffn.inference.speculative.shaping import PLAIN_TRY, CostAwareShaper, Prices, choose_nodes
+from blockffn.inference.speculative.shaping import (
+    EXPLORE,
+    FIRST_LEARNT,
+    LEARN,
+    MOST_REST,
+    PLAIN_TRY,
+    CostAwareShaper,
+    Prices,
+    choose_nodes,
+)
 from blockffn.inference.speculative.tree import DraftTree, chain
 from blockffn.inference.speculative.verify import Verdict
 from blockffn.inference.target import Step
@@ -190,9 +200,9 @@ def test_one_plain_round_that_was_disturbed_teaches_little() -> None:
     """Rounds of 1 ms, and one of 1000 ms among them: as if of 3 ms, in a mean of eight."""
     now = [0.0]
     shaper = CostAwareShaper(CostModel(1, 0, 0, 0), num_experts=1, clock=lambda: now[0])
-    for number in range(16 * 10 + 1):
+    for number in range(100):
         shaper.budget(Budget(nodes=0, depth=0))
-        now[0] += 1.0 if number == 16 * 10 - 1 else 0.001
+        now[0] += 1.0 if number == 99 else 0.001
         shaper.observe(chain([]), Verdict([], 0), step_of(1))
     assert shaper._plain() == pytest.approx((7 * 1 + 3) / 8, rel=0.01)
 
@@ -231,14 +241,33 @@ def test_where_a_round_explores_twice_as_many_nodes_are_verified_as_pay() -> Non
     assert sizes == [2, 4]
 
 
-def test_of_plain_rounds_few_are_measured() -> None:
-    shaper = CostAwareShaper(TOKENS, num_experts=1, clock=itertools.count().__next__)
-    learnt: list[float] = []
-    shaper._verifying.observe = lambda quantities, milliseconds: learnt.append(milliseconds)  # type: ignore[method-assign]
-    for _ in range(160):
-        shaper.budget(Budget(nodes=0, depth=0))
-        shaper.observe(chain([]), Verdict([], 0), step_of(1))
-    assert len(learnt) == 2 + 10  # of the first three, and one of sixteen
+def test_where_nothing_pays_plain_rounds_come_in_rows_until_it_explores() -> None:
+    now = [0.0]
+    shaper = CostAwareShaper(TOKENS, num_experts=1, clock=lambda: now[0], tree=DraftingCost(level=9.0))
+
+    def verified(size: int) -> None:
+        now[0] += (2 + size) / 1000
+
+    play(shaper, draft_probability=0.1, rounds=200, verified=verified)
+    shaper._credit = -2.0 * shaper._plain()
+    play(shaper, draft_probability=0.1, rounds=PLAIN_TRY, verified=verified)
+    rows, unread = [], shaper._unread
+    while rounds := shaper.rest():
+        now[0] += 0.003 * rounds
+        shaper.rested(rounds)
+        rows.append(rounds)
+    assert max(rows) == MOST_REST
+    assert sum(rows) == pytest.approx(2 / 3 * 2 / EXPLORE, abs=4)  # credit for two rounds of 2 ms, in rounds of 3
+    assert shaper._unread == unread + sum(rows)
+    assert shaper._plain() == pytest.approx(3.0)
+    assert shaper.budget(Budget(nodes=6, depth=6)).nodes == 6
+
+
+def test_where_drafts_pay_nothing_rests() -> None:
+    shaper = CostAwareShaper(CostModel(10, 0.1, 0, 0), num_experts=1, tree=DraftingCost(level=0.1))
+    for _ in range(50):
+        assert shaper.rest() == 0
+        play(shaper, draft_probability=0.8, rounds=1)
 
 
 def test_a_draft_that_was_measured_to_doubt_itself_is_used_from_the_first_round() -> None:
@@ -447,31 +476,70 @@ def test_while_plain_rounds_are_tried_no_turn_of_exploring_passes() -> None:
     assert shaper._explored == 0
 
 
-def test_what_the_shaper_itself_takes_is_a_part_of_drafting_and_of_verifying() -> None:
-    """A level takes 1 ms, choosing nodes 3 ms, learning 2 ms."""
-    cost, now = CostModel(1, 0.1, 0, 0), [0.0]
-    shaper = CostAwareShaper(cost, num_experts=1, clock=lambda: now[0], tree=DraftingCost(level=1.0))
-    reach, observe = shaper.acceptance.reach, shaper.acceptance.observe
+@dataclass
+class SlowLearner:
+    """A shaper whose choices take 3 ms and whose learning takes 2 ms, while a level takes 0.2 ms."""
 
-    def spend(milliseconds: float) -> None:
-        now[0] += milliseconds / 1000
+    cost: CostModel
+    now: float = 0.0
+    learnt: int = 0
 
-    def slow_reach(tree: DraftTree) -> list[float]:
-        spend(3.0)
-        return reach(tree)
+    def __post_init__(self) -> None:
+        self.shaper = CostAwareShaper(
+            self.cost, num_experts=1, clock=lambda: self.now / 1000, tree=DraftingCost(level=0.2)
+        )
+        brings, observe = self.shaper._union.brings, self.shaper.acceptance.observe
 
-    def slow_observe(tree: DraftTree, verdict: Verdict) -> None:
-        spend(2.0)
-        observe(tree, verdict)
+        def slow_brings(tree: DraftTree) -> list[float]:
+            self.now += 3.0
+            return brings(tree)
 
-    shaper.acceptance.reach = slow_reach  # type: ignore[method-assign]
-    shaper.acceptance.observe = slow_observe  # type: ignore[method-assign]
-    verified = lambda size: spend(cost.milliseconds(size + 1, 1, size + 1))  # noqa: E731
-    levels, sizes = play(shaper, draft_probability=0.99, rounds=200, drafted=spend, verified=verified)
+        def slow_observe(tree: DraftTree, verdict: Verdict) -> None:
+            self.now += 2.0
+            self.learnt += len(tree) > 0
+            observe(tree, verdict)
+
+        self.shaper._union.brings = slow_brings  # type: ignore[method-assign]
+        self.shaper.acceptance.observe = slow_observe  # type: ignore[method-assign]
+
+    def play(self, draft_probability: float, rounds: int) -> tuple[list[int], list[int]]:
+        def drafted(levels: int) -> None:
+            self.now += 0.2 * levels
+
+        def verified(size: int) -> None:
+            self.now += self.cost.milliseconds(size + 1, 1, size + 1)
+
+        return play(self.shaper, draft_probability=draft_probability, rounds=rounds, drafted=drafted, verified=verified)
+
+
+def test_learning_takes_a_small_part_of_the_time() -> None:
+    learner = SlowLearner(CostModel(1, 0.1, 0, 0))
+    learner.play(0.99, FIRST_LEARNT + 100)
+    before, learnt = learner.now, learner.learnt
+    levels, sizes = learner.play(0.99, 2000)
     assert levels[-1] == sizes[-1] == 6
-    assert shaper._drafted is not None
-    assert shaper._tree.times.milliseconds(shaper._drafted) == pytest.approx(6 + 3, rel=0.05)
-    assert shaper._verifying.milliseconds(shaper._verified) == pytest.approx(1.7 + 2, rel=0.05)
+    spent = learner.now - before
+    assert 5 * (learner.learnt - learnt) == pytest.approx(LEARN * spent, rel=0.3)
+    times, verifying = learner.shaper._tree.times, learner.shaper._verifying
+    assert times.milliseconds((1, 6, 6, 7)) == pytest.approx(1.2, rel=0.05)  # choosing is no part of it
+    assert verifying.milliseconds((1, 7, 1.7)) == pytest.approx(1.7, rel=0.05)
+
+
+def test_rounds_that_do_not_learn_verify_what_paid_lately() -> None:
+    """A node costs 0.5 ms of a text of some 0.5 tokens a millisecond: a path must be right in one of four cases."""
+    learner = SlowLearner(CostModel(1, 0.5, 0, 0))
+    for _ in range(4):
+        learner.play(0.8, 60)
+        learner.play(0.3, 60)
+    sizes = {}
+    for probability in (0.9, 0.3):
+        tree = chain(range(6), [math.log(probability)] * 6)
+        learner.shaper._patience, learner.shaper._to_learn = -1.0, 0
+        learner.shaper.budget(Budget(nodes=6, depth=6))
+        sizes[probability] = len(learner.shaper.shape(tree))
+        learner.shaper.observe(tree, Verdict([], 0), step_of(7))
+    assert sizes[0.9] >= 4
+    assert sizes[0.3] <= 1
 
 
 def test_a_try_is_charged_for_the_text_that_the_draft_reads_for_it_alone() -> None:

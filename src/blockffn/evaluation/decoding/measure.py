@@ -14,7 +14,7 @@ from blockffn.evaluation.decoding.prompts import EncodedPrompt
 from blockffn.evaluation.decoding.ways import greedy
 from blockffn.inference.decode import generate
 from blockffn.inference.speculative.cost import milliseconds_per_level
-from blockffn.inference.speculative.decode import Speculation, speculative_generate
+from blockffn.inference.speculative.decode import Shaper, Speculation, speculative_generate
 from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.growth import Budget
 from blockffn.inference.speculative.tree import DraftTree, no_tree
@@ -44,20 +44,14 @@ def read_bandwidth(device: torch.device, *, rounds: int = 5) -> float:
 
 
 @dataclass
-class TreeRecorder:
+class TreeRecorder(Shaper):
     """A shaper that leaves trees as they are and keeps them with what was accepted."""
 
     most: Budget
     rounds: list[Recorded] = field(default_factory=list)
 
-    def start(self, tokens: int) -> None:
-        """Nothing to do."""
-
     def budget(self, most: Budget) -> Budget:
         return Budget(min(most.nodes, self.most.nodes), min(most.depth, self.most.depth))
-
-    def shape(self, tree: DraftTree) -> DraftTree:
-        return tree
 
     def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None:
         self.rounds.append(Recorded(tree, tuple(verdict.path)))

@@ -6,9 +6,8 @@ path in the cache and adds the target's own token, which is the next root.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,18 +23,33 @@ from blockffn.inference.target import Step, Target, check_request
 MOST = Budget(nodes=63, depth=16)
 
 
-class Shaper(Protocol):
-    """Says how much to draft, cuts the tree to what pays, and learns from what was accepted."""
+class Shaper:
+    """Says how much to draft, cuts the tree to what pays, and learns from what was accepted. This one leaves all as it
+    is."""
 
     def start(self, tokens: int) -> None:
         """A text of so many tokens begins."""
-        ...
 
-    def budget(self, most: Budget) -> Budget: ...
+    def rest(self) -> int:
+        """Rounds to come without drafts, whatever they bring, of which `rested` tells at their end; 0: none are known.
 
-    def shape(self, tree: DraftTree) -> DraftTree: ...
+        Asking and telling in every round would take a good part of a small model's step.
+        """
+        return 0
 
-    def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None: ...
+    def rested(self, rounds: int) -> None:
+        """So many have passed: those of `rest`, or fewer where the text ended."""
+
+    def budget(self, most: Budget) -> Budget:
+        """What may be drafted in a round, of the most that is possible."""
+        return most
+
+    def shape(self, tree: DraftTree) -> DraftTree:
+        """The part of a drafted tree that is verified."""
+        return tree
+
+    def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None:
+        """What a verification of root and tree gave."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,12 @@ def speculate(target: Target, speculation: Speculation, request: Request) -> Ite
     recorder.lap("sampling")
     yield [token]
     while request.finish_reason is None:
+        rest = 0 if shaper is None else shaper.rest()
+        if shaper is not None and rest:
+            rested = yield from _rest(target, drafter, request, rest, generator)
+            shaper.rested(rested)
+            counts.count_plain(rested)
+            continue
         recorder.start()
         tree = _draft(target, speculation, request)
         tokens, parents = tree.behind(context[-1])
@@ -110,6 +130,29 @@ def speculate(target: Target, speculation: Speculation, request: Request) -> Ite
         recorder.add(step)
         counts.count(tree, verdict)
         yield block[:taken]
+
+
+def _rest(
+    target: Target, drafter: Drafter, request: Request, rounds: int, generator: torch.Generator
+) -> Generator[list[int], None, int]:
+    """Rounds without drafts, fewer where the request ends; gives their tokens, and returns how many there were."""
+    recorder, roots, states = request.recorder, list[int](), list[Tensor]()
+    while len(roots) < rounds and request.finish_reason is None:
+        recorder.start()
+        roots.append(request.tokens[-1])
+        step = target.extend(roots[-1:])
+        target.commit([0])
+        recorder.lap("decode")
+        states.append(step.hidden)
+        token = next_token(step, request, generator)
+        request.take([token])
+        recorder.lap("sampling")
+        recorder.add(step)
+        yield [token]
+    recorder.start()
+    drafter.observe(roots, torch.cat(states))
+    recorder.lap("sampling")
+    return len(roots)
 
 
 def _draft(target: Target, speculation: Speculation, request: Request) -> DraftTree:

@@ -65,11 +65,10 @@ class WayOfDrafting:
         times: of a proposal, its levels, nodes whose children are drafted, and tokens of the text that the draft had
             not read yet, as whenever nothing was drafted for long.
         usual: steps that seem to pay.
-        shaping: milliseconds of the last choice of nodes, which is as dear as what was drafted is large.
     """
 
     def __init__(self, cost: DraftingCost, *, chain: bool, plain: float) -> None:
-        self.chain, self.shaping = chain, 0.0
+        self.chain = chain
         doubt = max(cost.level, 0.02 * plain)
         self.times = TimeEstimate(
             (cost.proposal, cost.level, 0.0, cost.read),
@@ -84,10 +83,10 @@ class WayOfDrafting:
         """What is expected of some steps."""
         return sum(self._worth[start:end])
 
-    def forget(self) -> None:
-        """A round passes."""
-        self._passed += 1
-        self.times.forget()
+    def forget(self, rounds: int) -> None:
+        """So many rounds pass."""
+        self._passed += rounds
+        self.times.forget(rounds)
 
     def backlog(self, tokens: int) -> float:
         """Milliseconds of reading so many tokens."""

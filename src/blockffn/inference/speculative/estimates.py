@@ -53,8 +53,16 @@ class AcceptanceEstimate:
         )
         # What is new is weighed more and more instead of what is old less and less: nothing is to be done for a round.
         self._growth, self._weight = 1 / forget, 1.0
+        self._known: dict[tuple[float, int, int], float] = {}  # what `probability` gave since the last observation
 
     def probability(self, draft_probability: float, depth: int, rank: int = 0) -> float:
+        key = (draft_probability, depth, rank)
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._probability(*key)
+        return known
+
+    def _probability(self, draft_probability: float, depth: int, rank: int) -> float:
         bin_ = _bin(draft_probability, rank)
         prior = PRIOR * self._weight
         factor = self._assumed[bin_]
@@ -78,6 +86,7 @@ class AcceptanceEstimate:
 
     def observe(self, tree: DraftTree, verdict: Verdict) -> None:
         """Learn from the children of every accepted node, and of the root."""
+        self._known.clear()
         self._weight *= self._growth
         if self._weight > 1e6:
             self._rescale()
@@ -222,9 +231,9 @@ class TimeEstimate:
             [value - a * b / variance for value, b in zip(row, spread)] for row, a in zip(covariance, spread)
         ]
 
-    def forget(self) -> None:
-        """A round passes: prices that are not measured become as doubtful again as they were at first."""
-        self._passed += 1
+    def forget(self, rounds: int) -> None:
+        """So many rounds pass: prices that are not measured become as doubtful again as they were at first."""
+        self._passed += rounds
 
     def _doubts(self) -> list[list[float]]:
         """The covariance after the rounds that have passed since the last measurement."""

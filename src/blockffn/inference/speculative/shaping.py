@@ -6,10 +6,12 @@ rate of the whole text. Maximising tokens per millisecond round by round would s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from blockffn.inference.speculative.cost import CostModel, DraftingCost, union_and_pairs
+from blockffn.inference.speculative.decode import Shaper
 from blockffn.inference.speculative.drafting import STEPS, Drafted, WayOfDrafting, first_choices
 from blockffn.inference.speculative.estimates import (
     OUTLIER,
@@ -28,8 +30,12 @@ FORGET_RATE, FIRST_ROUNDS = 0.99, 2  # plain ones, from which the rate starts
 # presumably because the draft has taken the target's place in the caches.
 PLAIN_TRY, COLD = 3, 1
 CLEAR_GAIN = 1.25  # over plain decoding: where drafts bring more, plain rounds are not tried
-# Of plain rounds, which are alike, one of so many is measured: learning takes a good part of a small model's step.
-PLAIN_APART, FEWEST_PLAIN = 16, 8  # the time of a plain round is a mean of so many
+FEWEST_PLAIN = 8  # the time of a plain round is a mean of so many
+LEARN, FIRST_LEARNT = 0.015, 32  # of the time, what learning may take; rounds that teach whatever it takes
+# Of the limit from which nodes pay, a logarithm: how far a round moves it, where it lies if all of them pay; and what
+# counts as never accepted.
+LEAST_STEP, BEYOND, LEAST_REACH = 0.2, 0.5, 1e-6
+MOST_REST = 32  # plain rounds of which nothing is asked
 HOPELESS = 0.25  # of the rate: what a node must promise per millisecond for growth to go on
 EXPLORE, MOST_CREDIT = 0.0125, 0.5  # of the time; of a round's
 FURTHER, WIDER = (1, 2, 4), 2  # steps more, in turn; times as many nodes
@@ -100,7 +106,7 @@ def choose_nodes(
     return Choice(order[:best_count], paid[:best_count])
 
 
-class CostAwareShaper:
+class CostAwareShaper(Shaper):
     """Cuts drafted trees to what pays, by a cost model and by what it learns from every round.
 
     It drafts with branches or without, whichever is worth more. A tree holds the chain of its first choices, so
@@ -111,6 +117,10 @@ class CostAwareShaper:
     draft further or the other way, or verify more than seems to pay. What they lose is taken from a credit that grows
     by `EXPLORE` of the time, so it is bounded whatever the draft; where they lose nothing, because more was accepted
     than expected, the next round explores too.
+
+    Learning has a share of the time as well: it takes a tenth of a millisecond or some, in caches that a step has
+    emptied, which may be a good part of a small model's step. Rounds beyond that share do what seemed to pay lately:
+    the same steps of drafting, and of the nodes those that are accepted as probably as nodes had to be.
 
     Args:
         cost: of the target, from `calibrate`.
@@ -154,10 +164,13 @@ class CostAwareShaper:
         self._hopes: dict[int, float] = {}  # nodes that are verified to explore, with the hope of each
         self._drafted: tuple[int, ...] | None = None  # quantities of the way's `times`
         self._unread, self._own = 0, 1  # tokens since the last proposal, and of the last round
+        self._learns, self._patience = True, 0.0  # this round; milliseconds that learning may take
+        self._to_learn, self._spent = FIRST_LEARNT, plain  # rounds that learn in any case; of the last that learnt
+        self._least = 0.0  # log-probability of acceptance from which nodes pay
         self._resting = PLAIN_TRY  # plain rounds to come, whatever seems to pay
         self._plain_rounds = 0  # in a row
         self._verified = (1.0, 1.0, plain)  # of the last that was measured, as `_verifying`
-        self._begun = self._late = 0.0  # milliseconds: a time; of the last `observe`
+        self._begun = 0.0  # a time in milliseconds
 
     @property
     def rate(self) -> float:
@@ -168,12 +181,38 @@ class CostAwareShaper:
         """A text of so many tokens begins, which a draft has to read."""
         self._unread = tokens
 
+    def rest(self) -> int:
+        """Where nothing pays, until there is credit to explore."""
+        is_usual = self._resting == 0 and self._plain_rounds >= PLAIN_TRY and not self._usual_way().usual
+        if not is_usual or self._credit > 0:
+            return 0
+        self._begun = self._now()
+        return min(1 + int(-self._credit / max(EXPLORE * self._plain(), 1e-6)), MOST_REST)
+
+    def rested(self, rounds: int) -> None:
+        """Learn what a plain round takes."""
+        self._plain_rounds += rounds
+        if self._clock is not None:
+            self._learn_plain((self._now() - self._begun) / rounds, rounds)
+        self._forget(rounds)
+        self._spent = self._plain()
+        kept = FORGET_RATE**rounds
+        new = (1 - kept) / (1 - FORGET_RATE)
+        self._tokens = kept * self._tokens + new
+        self._milliseconds = kept * self._milliseconds + new * self._spent
+        self._own = 1
+        self._unread += rounds
+        self._earn(EXPLORE * self._spent * rounds, rounds)
+
     def budget(self, most: Budget) -> Budget:
         """What to draft: the steps that lately brought more than they cost, and more where this round explores."""
         self._begun, self._drafted = self._now(), None
         self._lost, self._hopes = 0.0, {}
         self._way = self._usual_way()
-        self._taken, self._is_other, self._explores = self._way.usual, False, self._credit > 0
+        self._learns = self._patience >= 0 or self._to_learn > 0 or self._resting > 0
+        if self._learns:
+            self._patience = 0.0  # neither time that was not needed nor what the first rounds took is kept
+        self._taken, self._is_other, self._explores = self._way.usual, False, self._learns and self._credit > 0
         if self._explores and not self._resting:
             self._explore()
         if self._resting:
@@ -185,9 +224,13 @@ class CostAwareShaper:
 
     def shape(self, tree: DraftTree) -> DraftTree:
         """The part of the tree that pays, maybe nothing; more of it where this round explores."""
+        if not self._learns:
+            self._unread = 0
+            reach, least = self.acceptance.reach(tree), math.exp(self._least)
+            return self._part(tree, [node for node, probability in enumerate(reach) if probability >= least])
         began = self._now()
         drafted = Drafted(tree)
-        self._learn_drafting(drafted, began - self._begun + self._way.shaping)
+        self._learn_drafting(drafted, began - self._begun)
         reach, brings, rate = self.acceptance.reach(tree), self._union.brings(tree), self.rate
         prices = Prices(self._current_cost(), self._union, max(self._calculated_plain() - self._plain(), 0.0))
 
@@ -208,22 +251,33 @@ class CostAwareShaper:
             self._lost -= sum(worths[usual:]) / rate
         self._lost = max(self._lost, 0.0)
         nodes = list(net)
+        self._learn_least(reach, net)
         if self._explores and not self._is_other:
             nodes = self._widen(tree, net, reach, brings, prices)
         if self._explores:
             self._hopes = {place: reach[node] for place, node in enumerate(sorted(nodes)) if node not in net}
         self._begun = self._now()
-        self._way.shaping = self._begun - began
-        return tree if len(nodes) == len(tree) else tree.subtree(nodes)
+        self._patience -= self._begun - began
+        return self._part(tree, nodes)
 
     def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None:
         """Learn from a verification of root and tree."""
-        now, own = self._now(), len(verdict.path) + 1
-        self._forget()
+        own = len(verdict.path) + 1
         drafts = self._drafted is not None or len(tree) > 0
         self._plain_rounds = 0 if drafts else self._plain_rounds + 1
-        if drafts or COLD < self._plain_rounds <= PLAIN_TRY or self._plain_rounds % PLAIN_APART == 0:
-            self._learn_verifying(tree, verdict, step, now - self._begun + self._late)
+        if self._learns:
+            self._learn(tree, verdict, step, own)
+        else:
+            self._earn(EXPLORE * self._spent)
+        self._own = own
+        self._unread += own
+
+    def _learn(self, tree: DraftTree, verdict: Verdict, step: Step, own: int) -> None:
+        """From a round that brought `own` tokens."""
+        now = self._now()
+        self._forget(1)
+        if self._plain_rounds == 0 or self._plain_rounds > COLD:
+            self._learn_verifying(tree, verdict, step, now - self._begun)
             spent = self._verifying.milliseconds(self._verified)
         else:
             spent = self._plain()
@@ -233,20 +287,30 @@ class CostAwareShaper:
         if self._hopes:
             luck = sum((node in verdict.path) - hope for node, hope in self._hopes.items())
             gained += luck / self.rate
-        self._credit = min(self._credit + gained, MOST_CREDIT * spent)
         self._tokens = FORGET_RATE * self._tokens + own
         self._milliseconds = FORGET_RATE * self._milliseconds + max(spent - self._lost, 0.0)
-        self._own = own
-        self._unread += own
         self.acceptance.observe(tree, verdict)
-        self._late = self._now() - now
+        self._spent, self._to_learn = spent, max(self._to_learn - 1, 0)
+        self._patience -= self._now() - now
+        self._earn(gained)
 
-    def _forget(self) -> None:
-        """A round passes."""
-        self._verifying.forget()
+    def _earn(self, credit: float, rounds: int = 1) -> None:
+        """At the end of a round: credit to explore, and time to learn."""
+        self._credit = min(self._credit + credit, MOST_CREDIT * self._spent)
+        self._patience += LEARN * self._spent * rounds
+
+    def _forget(self, rounds: int) -> None:
+        """So many rounds pass."""
+        self._verifying.forget(rounds)
         for way in self._ways:
-            way.forget()
-        self._compared = max(FORGET_LEAD * self._compared, FEWEST_TREES)
+            way.forget(rounds)
+        self._compared = max(FORGET_LEAD**rounds * self._compared, FEWEST_TREES)
+
+    def _learn_plain(self, milliseconds: float, rounds: int) -> None:
+        """From plain rounds that took so long each."""
+        self._plain_measured += rounds
+        missed = min(milliseconds, OUTLIER * self._plain_time) - self._plain_time
+        self._plain_time += missed * min(rounds / min(self._plain_measured, FEWEST_PLAIN), 1.0)
 
     def _learn_verifying(self, tree: DraftTree, verdict: Verdict, step: Step, milliseconds: float) -> None:
         union, pairs = union_and_pairs(step)
@@ -255,9 +319,7 @@ class CostAwareShaper:
         if self._clock is not None:
             self._verifying.observe(self._verified, milliseconds)
             if self._plain_rounds:
-                self._plain_measured += 1
-                missed = min(milliseconds, OUTLIER * self._plain_time) - self._plain_time
-                self._plain_time += missed / min(self._plain_measured, FEWEST_PLAIN)
+                self._learn_plain(milliseconds, 1)
         if step.active is None:
             return
         last = verdict.path[-1] + 1 if verdict.path else 0
@@ -317,6 +379,22 @@ class CostAwareShaper:
         self._way.times.observe(self._drafted, milliseconds)
         if self._explores:  # it is charged for no more than what was measured
             self._lost += min(milliseconds - self._way.times.milliseconds(self._drafted), 0.0)
+
+    def _learn_least(self, reach: Sequence[float], net: Collection[int]) -> None:
+        """From the nodes that pay: the limit lies between them and the others, or beyond all of them."""
+        logs = [math.log(max(probability, LEAST_REACH)) for probability in reach]
+        pays, fails = ([log for node, log in enumerate(logs) if (node in net) is wanted] for wanted in (True, False))
+        if pays and fails:
+            limit = (min(pays) + max(fails)) / 2
+        elif pays:
+            limit = min(min(pays) - BEYOND, self._least)
+        else:
+            limit = max(max(fails) / 2, self._least)  # 0 is the logarithm of what is certain
+        self._least += LEAST_STEP * (limit - self._least)
+
+    @staticmethod
+    def _part(tree: DraftTree, nodes: list[int]) -> DraftTree:
+        return tree if len(nodes) == len(tree) else tree.subtree(nodes)
 
     def _compare(self, worths: list[float], usual: int, drafted: Drafted, net: dict[int, float]) -> None:
         """A tree with its chain: what its steps were worth, how many of them are usual, and of the chain what was

@@ -47,6 +47,11 @@ class SpeculationStatistics:
             self.tried[depth] += 1
             self.accepted[depth] += depth < len(verdict.path)
 
+    def count_plain(self, rounds: int) -> None:
+        """Add steps without drafts."""
+        self.verifications += rounds
+        self.verified_tokens += rounds
+
     def add(self, other: SpeculationStatistics) -> None:
         """Add those of another text."""
         self.verifications += other.verifications

@@ -159,8 +159,11 @@ def _infer_invariant(
     tokens, weights = (tensor.contiguous().split(INVARIANT_TOKENS) for tensor in (x_TD, weights_TE))
     if x_TD.shape[0] == 0:
         return torch.empty_like(x_TD)
-    shape = {"gate_proj_EFD": gate_proj_EFD, "config": INVARIANT_CONFIG, "pdl": pdl}
-    parts = [ffn_over_union(x, up_proj_EFD, down_proj_EFD, w, **shape) for x, w in zip(tokens, weights, strict=True)]
+    given = (up_proj_EFD, down_proj_EFD)
+    parts = [
+        ffn_over_union(x, *given, w, gate_proj_EFD=gate_proj_EFD, config=INVARIANT_CONFIG, pdl=pdl)
+        for x, w in zip(tokens, weights, strict=True)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -67,22 +67,21 @@ class NgramDrafter:
 
 def _merge(sequences: list[list[int]]) -> DraftTree:
     """The tree of common beginnings; of equal counts the earlier sequence comes first."""
-    nodes: dict[tuple[int, ...], int] = {}
-    counts: list[int] = []
-    reached: dict[int, int] = {ROOT: len(sequences)}
+    children: dict[tuple[int, int], int] = {}  # by parent and token
     tokens: list[int] = []
     parents: list[int] = []
+    counts: list[int] = []
     for sequence in sequences:
-        parent = ROOT
-        for i in range(len(sequence)):
-            path = tuple(sequence[: i + 1])
-            if path not in nodes:
-                nodes[path] = len(tokens)
-                tokens.append(sequence[i])
+        node = ROOT
+        for token in sequence:
+            parent, known = node, children.get((node, token))
+            node = len(tokens) if known is None else known
+            if known is None:
+                children[parent, token] = node
+                tokens.append(token)
                 parents.append(parent)
                 counts.append(0)
-            parent = nodes[path]
-            counts[parent] += 1
-            reached[parent] = counts[parent]
+            counts[node] += 1
+    reached = [*counts, len(sequences)]  # the last is the root's
     log_probs = [math.log(count / (reached[parent] + 1)) for count, parent in zip(counts, parents)]
     return DraftTree(tokens, parents, log_probs)
