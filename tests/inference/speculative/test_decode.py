@@ -332,6 +332,48 @@ def test_a_shaper_cuts_every_tree_and_sees_every_verdict(bigram: BigramTarget) -
     assert shaper.observed == counts(decoded).verifications
 
 
+class RestingShaper(Shaper):
+    """Lets three rounds pass without drafts before each with."""
+
+    def __init__(self) -> None:
+        self.rests: list[int] = []
+        self.drafts_next = False
+
+    def rest(self) -> int:
+        self.drafts_next = not self.drafts_next
+        return 3 if self.drafts_next else 0
+
+    def rested(self, rounds: int) -> None:
+        self.rests.append(rounds)
+
+
+class ListeningDrafter(OracleDrafter):
+    """Keeps what it is told of the text."""
+
+    def start(self, prompt: Any) -> None:
+        self.told = list[int]()
+
+    def observe(self, tokens: Any, hidden: Tensor) -> None:
+        assert len(tokens) == len(hidden)
+        self.told += list(tokens)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rounds_in_a_row_without_drafts_change_nothing(bigram: BigramTarget, temperature: float) -> None:
+    settings = replace(greedy(22), temperature=temperature, seed=4)
+    text = generate(bigram, PROMPT, settings).token_ids
+    drafter, shaper = ListeningDrafter(PROMPT + text, bigram.vocab_size, wrong_every=0, length=2), RestingShaper()
+    decoded = speculate(bigram, drafter, settings, shaper=shaper)
+    assert decoded.token_ids == text
+    # A first token, then three plain ones and three with drafts in turn; the last rest ends with the text.
+    assert shaper.rests == [3, 3, 3, 3]
+    assert (counts(decoded).verifications, counts(decoded).verified_tokens) == (12 + 3, 21)
+    assert drafter.told == PROMPT + text[:-1]
+    cut = RestingShaper()
+    assert speculate(bigram, drafter, replace(settings, max_new_tokens=3), shaper=cut).token_ids == text[:3]
+    assert cut.rests == [2]
+
+
 def test_counts_of_several_texts_add_up(bigram: BigramTarget) -> None:
     text = generate(bigram, PROMPT, greedy(25)).token_ids
     short, long = (OracleDrafter(PROMPT + text, bigram.vocab_size, wrong_every=0, length=n) for n in (2, 5))

@@ -31,7 +31,7 @@ FORGET_RATE, FIRST_ROUNDS = 0.99, 2  # plain ones, from which the rate starts
 PLAIN_TRY, COLD = 3, 1
 CLEAR_GAIN = 1.25  # over plain decoding: where drafts bring more, plain rounds are not tried
 FEWEST_PLAIN = 8  # the time of a plain round is a mean of so many
-LEARN, FIRST_LEARNT = 0.015, 32  # of the time, what learning may take; rounds that teach whatever it takes
+LEARN, FIRST_LEARNT = 0.01, 32  # of the time, what learning may take; rounds that teach whatever it takes
 # Of the limit from which nodes pay, a logarithm: how far a round moves it, where it lies if all of them pay; and what
 # counts as never accepted.
 LEAST_STEP, BEYOND, LEAST_REACH = 0.2, 0.5, 1e-6
