@@ -328,11 +328,15 @@ def test_times_are_collected_on_request() -> None:
 
 def test_steps_may_be_kept() -> None:
     target = NativeTarget(tiny_model())
+    target.ask_best(1)
     first = target.extend([5, 6, 7], [-1, 0, 0])
+    assert first.choices == first.logits.argmax(dim=-1).tolist()
     copies = [tensor.clone() for tensor in (first.logits, first.hidden, first.active, first.union)]
+    chosen = list(first.choices)
     target.commit([0, 2])
     target.extend([8, 9, 10, 11])
     assert all(map(torch.equal, (first.logits, first.hidden, first.active, first.union), copies))
+    assert first.choices == chosen
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -23,12 +23,20 @@ def listed(ids: Ids) -> list[int]:
         return ids
     if not isinstance(ids, Tensor):
         return list(ids)
-    if ids.ndim != 1:
-        raise ValueError(f"tokens and indices are given as [T], got the shape {tuple(ids.shape)}")
-    found: list[int] = ids.tolist()
+    found: list[int] = _checked(ids).tolist()
     return found
 
 
 def on_host(ids: Ids) -> list[int] | Tensor:
-    """As a list, but a tensor of a device as it is, which is not waited for."""
-    return ids if isinstance(ids, Tensor) and ids.device.type != "cpu" else listed(ids)
+    """As a list, but a tensor of a device as it is, which is not waited for.
+
+    Raises:
+        ValueError: as `listed`.
+    """
+    return _checked(ids) if isinstance(ids, Tensor) and ids.device.type != "cpu" else listed(ids)
+
+
+def _checked(ids: Tensor) -> Tensor:
+    if ids.ndim != 1:
+        raise ValueError(f"tokens and indices are given as [T], got the shape {tuple(ids.shape)}")
+    return ids

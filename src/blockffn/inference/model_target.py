@@ -56,6 +56,7 @@ class ModelTarget:
         Raises:
             ValueError: tokens are pending, none were given, they do not fit, or a parent does not precede its child.
         """
+        tokens = on_host(tokens)
         count = len(tokens)
         check_room(count, self._pending, length=self._length, capacity=self._capacity)
         pending = Pending(count, None if parents is None else on_host(parents))
@@ -72,6 +73,7 @@ class ModelTarget:
         Raises:
             ValueError: as `extend`.
         """
+        tokens = on_host(tokens)
         check_room(len(tokens), self._pending, length=self._length, capacity=self._capacity)
         result = self._run_chain(torch.as_tensor(tokens, dtype=torch.int64))
         self._length += len(tokens)
@@ -133,13 +135,13 @@ class Pending:
         """Whether these are the first tokens, which lie where they belong already.
 
         Raises:
-            ValueError: they are no path from a root. Those of a device are trusted, and `False`.
+            ValueError: they are too many, or no path from a root. Those of a device are trusted, and `False`.
         """
+        if len(kept) > self.count:
+            raise ValueError(f"{len(kept)} tokens cannot be kept of {self.count}")
         if isinstance(kept, Tensor):
             return False
         first = kept == list(range(len(kept)))
-        if len(kept) > self.count:
-            raise ValueError(f"{len(kept)} tokens cannot be kept of {self.count}")
         if not (first if self.parents is None else isinstance(self.parents, Tensor) or self._is_path(kept)):
             raise ValueError(f"kept tokens must be a path from a root of the last extend, got {kept}")
         return first

@@ -124,7 +124,8 @@ class NativeDraft(NativeWeights):
         """One step.
 
         Args:
-            tokens: `T`. states: `[T, D]`, the target's of the token before each, or the draft's own.
+            tokens: `T`. states: `[T, D]` float32, contiguous: the target's of the token before each, or the
+                draft's own.
             length: rows of the cache that are kept; the step fills those behind them.
             parents: `S + T`, of a tree whose first `S` tokens earlier steps have run; `None`: a chain.
             num_logits: tokens at the end that get logits. num_best: of these the best so many alone.
@@ -187,7 +188,7 @@ class NativeDraft(NativeWeights):
             raise ValueError(
                 f"the draft cannot run {len(tokens)} tokens between {min(tokens)} and {max(tokens)} behind "
                 f"{length} and {count} drafts behind them: it takes tokens below {self.description.vocab_size}, "
-                f"{self.description.capacity} in all, and drafts at least one; draft fewer"
+                f"{self.description.capacity} in all, and drafts 1 to {native.MAX_STEP} at once; draft fewer"
             )
         drafted = self._num_drafted.value
         best, log_probs = self._best[:drafted], self._log_probs[:drafted]

@@ -116,11 +116,12 @@ class Recorder:
         """The first part of a round begins."""
         self._since = time.perf_counter()
 
-    def lap(self, part: str) -> None:
-        """A part of `PARTS` ends, to which the time since the last call of `start` or `lap` is added."""
+    def lap(self, part: str) -> float:
+        """A part of `PARTS` ends, to which the seconds since the last call of `start` or `lap` are added: these."""
         now = time.perf_counter()
-        self.seconds[part] += now - self._since
-        self._since = now
+        seconds, self._since = now - self._since, now
+        self.seconds[part] += seconds
+        return seconds
 
     def add(self, step: Step, *, sequences: int = 1) -> None:
         """Count a run of the model after the prompt, which served so many sequences."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from blockffn.inference.decode import Generation, GenerationSettings, generate
+from blockffn.inference.decode import Generation, GenerationSettings, Request, generate
 from blockffn.inference.sampling import probabilities
 from blockffn.inference.speculative.decode import Shaper, Speculation, speculative_generate
+from blockffn.inference.speculative.decode import speculate as speculate_in_blocks
 from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.drafters.ngram import NgramDrafter
@@ -343,7 +345,8 @@ class RestingShaper(Shaper):
         self.drafts_next = not self.drafts_next
         return 3 if self.drafts_next else 0
 
-    def rested(self, rounds: int) -> None:
+    def rested(self, rounds: int, seconds: float) -> None:
+        assert 0 < seconds < 1
         self.rests.append(rounds)
 
 
@@ -372,6 +375,20 @@ def test_rounds_in_a_row_without_drafts_change_nothing(bigram: BigramTarget, tem
     cut = RestingShaper()
     assert speculate(bigram, drafter, replace(settings, max_new_tokens=3), shaper=cut).token_ids == text[:3]
     assert cut.rests == [2]
+
+
+def test_a_rest_that_nobody_reads_to_its_end_is_told_without_the_time_of_its_reader(bigram: BigramTarget) -> None:
+    shaper = RestingShaper()
+    request = Request(PROMPT, greedy(22))
+    blocks = speculate_in_blocks(bigram, Speculation(NgramDrafter(), shaper), request)
+    first, second = next(blocks), next(blocks)
+    time.sleep(1.1)
+    third = next(blocks)
+    blocks.close()  # type: ignore[attr-defined]
+    assert shaper.rests == [2]
+    assert first + second + third == generate(bigram, PROMPT, greedy(3)).token_ids
+    assert request.recorder.speculation is not None
+    assert request.recorder.speculation.verifications == 2
 
 
 def test_counts_of_several_texts_add_up(bigram: BigramTarget) -> None:

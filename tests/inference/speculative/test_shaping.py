@@ -253,8 +253,7 @@ def test_where_nothing_pays_plain_rounds_come_in_rows_until_it_explores() -> Non
     play(shaper, draft_probability=0.1, rounds=PLAIN_TRY, verified=verified)
     rows, unread = [], shaper._unread
     while rounds := shaper.rest():
-        now[0] += 0.003 * rounds
-        shaper.rested(rounds)
+        shaper.rested(rounds, 0.003 * rounds)
         rows.append(rounds)
     assert max(rows) == MOST_REST
     assert sum(rows) == pytest.approx(2 / 3 * 2 / EXPLORE, abs=4)  # credit for two rounds of 2 ms, in rounds of 3

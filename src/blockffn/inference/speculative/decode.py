@@ -6,7 +6,7 @@ path in the cache and adds the target's own token, which is the next root.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +37,8 @@ class Shaper:
         """
         return 0
 
-    def rested(self, rounds: int) -> None:
-        """So many have passed: those of `rest`, or fewer where the text ended."""
+    def rested(self, rounds: int, seconds: float) -> None:
+        """So many have passed in this time: those of `rest`, or fewer where the text ended or nobody wants more."""
 
     def budget(self, most: Budget) -> Budget:
         """What may be drafted in a round, of the most that is possible."""
@@ -106,13 +106,11 @@ def speculate(target: Target, speculation: Speculation, request: Request) -> Ite
     recorder.lap("sampling")
     yield [token]
     while request.finish_reason is None:
+        recorder.start()
         rest = 0 if shaper is None else shaper.rest()
         if shaper is not None and rest:
-            rested = yield from _rest(target, drafter, request, rest, generator)
-            shaper.rested(rested)
-            counts.count_plain(rested)
+            yield from _rest(target, drafter, shaper, request, rest, generator)
             continue
-        recorder.start()
         tree = _draft(target, speculation, request)
         tokens, parents = tree.behind(context[-1])
         recorder.lap("draft")
@@ -133,26 +131,34 @@ def speculate(target: Target, speculation: Speculation, request: Request) -> Ite
 
 
 def _rest(
-    target: Target, drafter: Drafter, request: Request, rounds: int, generator: torch.Generator
-) -> Generator[list[int], None, int]:
-    """Rounds without drafts, fewer where the request ends; gives their tokens, and returns how many there were."""
-    recorder, roots, states = request.recorder, list[int](), list[Tensor]()
-    while len(roots) < rounds and request.finish_reason is None:
-        recorder.start()
-        roots.append(request.tokens[-1])
-        step = target.extend(roots[-1:])
-        target.commit([0])
-        recorder.lap("decode")
-        states.append(step.hidden)
-        token = next_token(step, request, generator)
-        request.take([token])
-        recorder.lap("sampling")
-        recorder.add(step)
-        yield [token]
-    recorder.start()
-    drafter.observe(roots, torch.cat(states))
+    target: Target, drafter: Drafter, shaper: Shaper, request: Request, rounds: int, generator: torch.Generator
+) -> Iterator[list[int]]:
+    """Rounds without drafts, fewer where the request ends; gives their tokens. What the reader does between them takes
+    no part of their time."""
+    recorder, roots, states, seconds = request.recorder, list[int](), list[Tensor](), 0.0
+    try:
+        while True:
+            roots.append(request.tokens[-1])
+            step = target.extend(roots[-1:])
+            target.commit([0])
+            seconds += recorder.lap("decode")
+            token = next_token(step, request, generator)
+            request.take([token])
+            seconds += recorder.lap("sampling")
+            recorder.add(step)
+            states.append(step.hidden)
+            if len(states) == rounds or request.finish_reason is not None:
+                break
+            yield [token]
+            recorder.start()
+        drafter.observe(roots, torch.cat(states))
+    finally:
+        if states:
+            shaper.rested(len(states), seconds)
+            if recorder.speculation is not None:
+                recorder.speculation.count_plain(len(states))
     recorder.lap("sampling")
-    return len(roots)
+    yield [token]
 
 
 def _draft(target: Target, speculation: Speculation, request: Request) -> DraftTree:

@@ -118,8 +118,8 @@ class CostAwareShaper(Shaper):
     by `EXPLORE` of the time, so it is bounded whatever the draft; where they lose nothing, because more was accepted
     than expected, the next round explores too.
 
-    Learning has a share of the time as well: it takes a tenth of a millisecond or some, in caches that a step has
-    emptied, which may be a good part of a small model's step. Rounds beyond that share do what seemed to pay lately:
+    Learning has a share of the time as well: it takes some tenths of a millisecond, in caches that a step has emptied,
+    which may be as long as a small model's step. Rounds beyond that share do what seemed to pay lately:
     the same steps of drafting, and of the nodes those that are accepted as probably as nodes had to be.
 
     Args:
@@ -162,7 +162,8 @@ class CostAwareShaper(Shaper):
         self._explores = self._is_other = False  # this round; by drafting the other way
         self._lost = 0.0  # by exploring, in this round, as far as is known before the verification
         self._hopes: dict[int, float] = {}  # nodes that are verified to explore, with the hope of each
-        self._drafted: tuple[int, ...] | None = None  # quantities of the way's `times`
+        self._drafted: tuple[int, ...] | None = None  # quantities of the way's `times`, where it was measured
+        self._has_drafted = False  # in this round
         self._unread, self._own = 0, 1  # tokens since the last proposal, and of the last round
         self._learns, self._patience = True, 0.0  # this round; milliseconds that learning may take
         self._to_learn, self._spent = FIRST_LEARNT, plain  # rounds that learn in any case; of the last that learnt
@@ -174,7 +175,8 @@ class CostAwareShaper(Shaper):
 
     @property
     def rate(self) -> float:
-        """Tokens per millisecond of the recent rounds, without what exploring took; of plain decoding at least."""
+        """Tokens per millisecond of recent rounds that were measured, without what exploring took; of plain decoding at
+        least."""
         return max(self._tokens / self._milliseconds, 1 / self._plain())
 
     def start(self, tokens: int) -> None:
@@ -186,14 +188,13 @@ class CostAwareShaper(Shaper):
         is_usual = self._resting == 0 and self._plain_rounds >= PLAIN_TRY and not self._usual_way().usual
         if not is_usual or self._credit > 0:
             return 0
-        self._begun = self._now()
         return min(1 + int(-self._credit / max(EXPLORE * self._plain(), 1e-6)), MOST_REST)
 
-    def rested(self, rounds: int) -> None:
+    def rested(self, rounds: int, seconds: float) -> None:
         """Learn what a plain round takes."""
         self._plain_rounds += rounds
         if self._clock is not None:
-            self._learn_plain((self._now() - self._begun) / rounds, rounds)
+            self._learn_plain(1000 * seconds / rounds, rounds)
         self._forget(rounds)
         self._spent = self._plain()
         kept = FORGET_RATE**rounds
@@ -206,7 +207,7 @@ class CostAwareShaper(Shaper):
 
     def budget(self, most: Budget) -> Budget:
         """What to draft: the steps that lately brought more than they cost, and more where this round explores."""
-        self._begun, self._drafted = self._now(), None
+        self._begun, self._drafted, self._has_drafted = self._now(), None, False
         self._lost, self._hopes = 0.0, {}
         self._way = self._usual_way()
         self._learns = self._patience >= 0 or self._to_learn > 0 or self._resting > 0
@@ -224,6 +225,7 @@ class CostAwareShaper(Shaper):
 
     def shape(self, tree: DraftTree) -> DraftTree:
         """The part of the tree that pays, maybe nothing; more of it where this round explores."""
+        self._has_drafted = True
         if not self._learns:
             self._unread = 0
             reach, least = self.acceptance.reach(tree), math.exp(self._least)
@@ -263,11 +265,12 @@ class CostAwareShaper(Shaper):
     def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None:
         """Learn from a verification of root and tree."""
         own = len(verdict.path) + 1
-        drafts = self._drafted is not None or len(tree) > 0
+        drafts = self._has_drafted or len(tree) > 0
         self._plain_rounds = 0 if drafts else self._plain_rounds + 1
         if self._learns:
             self._learn(tree, verdict, step, own)
         else:
+            self._forget(1)
             self._earn(EXPLORE * self._spent)
         self._own = own
         self._unread += own

@@ -21,7 +21,10 @@ class Drafter(Protocol):
     def deterministic(self) -> bool: ...
 
     def start(self, prompt: Sequence[int]) -> None:
-        """Begin a new text with these tokens; everything before is forgotten."""
+        """Begin a new text with these tokens; everything before is forgotten.
+
+        The list may grow afterwards, here and below: copy what is kept.
+        """
         ...
 
     def propose(self, context: Sequence[int], budget: Budget) -> DraftTree:
