@@ -138,6 +138,8 @@ def main() -> None:
     noted = launches_on(options.capability, options.tokens).noted.values()
     with ThreadPoolExecutor() as pool:
         problems = list(filter(None, pool.map(lambda launch: problem_of(launch, options.capability), noted)))
+    if not noted:
+        sys.exit("nothing was launched: has Triton's JITFunction changed?")
     print(f"{len(noted)} kernels for {GPUS[options.capability].name}", *problems, sep="\n")
     sys.exit(bool(problems))
 

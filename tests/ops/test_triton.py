@@ -104,8 +104,10 @@ def gate_beside(up: Tensor, seed: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("backend", ["triton", "triton_invariant"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("T", "share"), [(1, 0.4), (2, 0.4), (9, 1.1), (33, 0.4), (64, 1.1)])
+@pytest.mark.parametrize(("T", "share"), [(1, 0.4), (2, 0.4), (9, 1.1), (33, 0.4), (64, 1.1), (70, 0.4)])
 def test_gated_experts_equal_the_reference(T: int, share: float, dtype: torch.dtype, backend: str) -> None:
+    if T > 64 and backend == "triton":
+        pytest.skip("refused, see below")
     x, up, down, weights = layer(T, 5, 32, 80, share=share, dtype=dtype)
     gate = gate_beside(up)
     y = sparse_ffn(x, up, down, weights, gate_proj_EFD=gate, backend=backend)

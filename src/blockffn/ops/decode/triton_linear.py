@@ -1,7 +1,8 @@
 """Norms and products of a decode step.
 
-A program of a product takes whole rows of the weight, 32 KiB at a time, and reads `x` from L2. It requests its first
-rows, which no kernel of the step writes, before it waits for the kernel that writes `x`.
+A program of a product takes rows of the weight and reads `x` from L2: of one token whole rows, 32 KiB at a time; of two
+to eight tokens 16 rows, each warp a part of their columns, for tensor cores. It requests its first weights, which no
+kernel of the step writes, before it waits for the kernel that writes `x`.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -222,6 +223,7 @@ def linear(x: Tensor, weight: Tensor, *, float_output: bool = False) -> Tensor:
 
 def row_linear(x: Tensor, weight: Tensor, *, float_output: bool = False) -> Tensor:
     """`linear` of one token."""
+    assert len(x) == 1
     N, D = weight.shape
     out = torch.empty(1, N, dtype=torch.float32 if float_output else x.dtype, device=x.device)
     block_d = min(triton.next_power_of_2(D), MAX_COLUMNS)
@@ -235,6 +237,7 @@ def row_linear(x: Tensor, weight: Tensor, *, float_output: bool = False) -> Tens
 
 def dot_linear(x: Tensor, weight: Tensor, *, float_output: bool = False) -> Tensor:
     """`linear` of a few tokens in 16 bits."""
+    assert x.element_size() == 2
     T, (N, D) = len(x), weight.shape
     out = torch.empty(T, N, dtype=torch.float32 if float_output else x.dtype, device=x.device)
     programs = triton.cdiv(N, DOT_ROWS)

@@ -288,7 +288,7 @@ def ffn_over_union(
 
 
 def fit_shared_memory(config: UnionConfig, x_TD: Tensor, *, gated: bool = False) -> UnionConfig:
-    """Smaller blocks for float32 and for gates: `choose_config` fills shared memory and registers without."""
+    """Smaller blocks for float32 and for gates, wide ones seldom: `choose_config` fills shared memory without."""
     if gated:
         config = replace(config, up_cols=config.up_cols // 2, wide_rows=config.wide_rows // 2)
     if x_TD.element_size() <= 2:
