@@ -197,10 +197,7 @@ class CostAwareShaper(Shaper):
             self._learn_plain(1000 * seconds / rounds, rounds)
         self._forget(rounds)
         self._spent = self._plain()
-        kept = FORGET_RATE**rounds
-        new = (1 - kept) / (1 - FORGET_RATE)
-        self._tokens = kept * self._tokens + new
-        self._milliseconds = kept * self._milliseconds + new * self._spent
+        self._learn_rate(1, self._spent, rounds)
         self._own = 1
         self._unread += rounds
         self._earn(EXPLORE * self._spent * rounds, rounds)
@@ -267,10 +264,10 @@ class CostAwareShaper(Shaper):
         own = len(verdict.path) + 1
         drafts = self._has_drafted or len(tree) > 0
         self._plain_rounds = 0 if drafts else self._plain_rounds + 1
+        self._forget(1)
         if self._learns:
             self._learn(tree, verdict, step, own)
         else:
-            self._forget(1)
             self._earn(EXPLORE * self._spent)
         self._own = own
         self._unread += own
@@ -278,7 +275,6 @@ class CostAwareShaper(Shaper):
     def _learn(self, tree: DraftTree, verdict: Verdict, step: Step, own: int) -> None:
         """From a round that brought `own` tokens."""
         now = self._now()
-        self._forget(1)
         if self._plain_rounds == 0 or self._plain_rounds > COLD:
             self._learn_verifying(tree, verdict, step, now - self._begun)
             spent = self._verifying.milliseconds(self._verified)
@@ -290,8 +286,7 @@ class CostAwareShaper(Shaper):
         if self._hopes:
             luck = sum((node in verdict.path) - hope for node, hope in self._hopes.items())
             gained += luck / self.rate
-        self._tokens = FORGET_RATE * self._tokens + own
-        self._milliseconds = FORGET_RATE * self._milliseconds + max(spent - self._lost, 0.0)
+        self._learn_rate(own, max(spent - self._lost, 0.0), 1)
         self.acceptance.observe(tree, verdict)
         self._spent, self._to_learn = spent, max(self._to_learn - 1, 0)
         self._patience -= self._now() - now
@@ -308,6 +303,13 @@ class CostAwareShaper(Shaper):
         for way in self._ways:
             way.forget(rounds)
         self._compared = max(FORGET_LEAD**rounds * self._compared, FEWEST_TREES)
+
+    def _learn_rate(self, tokens: int, milliseconds: float, rounds: int) -> None:
+        """From rounds that brought so many tokens each, in so long."""
+        kept = FORGET_RATE**rounds
+        new = (1 - kept) / (1 - FORGET_RATE)
+        self._tokens = kept * self._tokens + new * tokens
+        self._milliseconds = kept * self._milliseconds + new * milliseconds
 
     def _learn_plain(self, milliseconds: float, rounds: int) -> None:
         """From plain rounds that took so long each."""
