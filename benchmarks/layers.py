@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,15 +14,16 @@ from blockffn.ops.sparse_ffn import sparse_ffn
 
 @dataclass(frozen=True)
 class Shape:
-    """One FFN layer: `num_experts` experts of `width` on tokens of `hidden_size`."""
+    """One FFN layer: `num_experts` experts of `width` on tokens of `hidden_size`, of two matrices (`gated`: three)."""
 
     hidden_size: int
     num_experts: int
     width: int
+    gated: bool = field(default=False, repr=False)
 
     @property
     def weights_per_expert(self) -> int:
-        return 2 * self.hidden_size * self.width
+        return (3 if self.gated else 2) * self.hidden_size * self.width
 
 
 SHAPES = {
@@ -89,14 +90,17 @@ def routing_weights(chunk: Chunk, shape: Shape, experts: Tensor | None = None) -
     return weights
 
 
-def index_select(x: Tensor, up: Tensor, down: Tensor, weights: Tensor, union: Tensor | None = None) -> Tensor:
+def index_select(
+    x: Tensor, up: Tensor, down: Tensor, weights: Tensor, union: Tensor | None = None, gate: Tensor | None = None
+) -> Tensor:
     """What one writes in torch: gather the union of active experts, then two dense products over it.
 
     On a GPU the union is given, since finding it would make the host wait.
     """
     union = weights.any(dim=0).nonzero().squeeze(-1) if union is None else union
-    up, down = up.index_select(0, union), down.index_select(0, union)
-    return sparse_ffn(x, up, down, weights.index_select(1, union).to(x.dtype), backend="dense")
+    up, down, gate = (None if matrix is None else matrix.index_select(0, union) for matrix in (up, down, gate))
+    weights = weights.index_select(1, union).to(x.dtype)
+    return sparse_ffn(x, up, down, weights, gate_proj_EFD=gate, backend="dense")
 
 
 def relative_error(y: Tensor, expected: Tensor) -> float:

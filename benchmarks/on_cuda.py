@@ -39,9 +39,13 @@ class Layer:
     down: Tensor
     weights: Tensor
     union: Tensor
+    gate: Tensor | None = None
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.x, self.up, self.down, self.weights
+
+    def output(self, backend: str = "auto") -> Tensor:
+        return sparse_ffn(*self.inputs(), gate_proj_EFD=self.gate, backend=backend)
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,11 @@ class Method:
 OURS, BASELINE = "auto bf16", "torch dense bf16"
 WORST = 1.05  # `auto` may take this times the dense product's time
 METHODS: dict[str, Method] = {
-    OURS: Method(lambda layer: sparse_ffn(*layer.inputs())),  # up to 64 tokens, the Triton kernels
+    OURS: Method(Layer.output),  # up to 64 tokens, the Triton kernels
     "torch index_select bf16": Method(
-        lambda layer: index_select(*layer.inputs(), layer.union), tolerance=4 * TOLERANCE
+        lambda layer: index_select(*layer.inputs(), layer.union, layer.gate), tolerance=4 * TOLERANCE
     ),
-    BASELINE: Method(lambda layer: sparse_ffn(*layer.inputs(), backend="dense"), sparse=False, tolerance=4 * TOLERANCE),
+    BASELINE: Method(lambda layer: layer.output("dense"), sparse=False, tolerance=4 * TOLERANCE),
 }
 
 
@@ -118,18 +122,19 @@ def graph_time(run: Callable[[Any], Tensor], layers: list[Any], rounds: int) -> 
 class Bench:
     """Layers of one shape, and the timings of all methods over them."""
 
-    def __init__(self, shape_name: str, methods: dict[str, Method]) -> None:
-        self.name, self.shape, self.methods = shape_name, SHAPES[shape_name], methods
+    def __init__(self, shape_name: str, methods: dict[str, Method], *, gated: bool = False) -> None:
+        self.name, self.shape, self.methods = shape_name, replace(SHAPES[shape_name], gated=gated), methods
         smallest = min(chunk.counts(self.shape)[1] for chunk in chunks())
         count = self._layers_for(smallest)
         self.experts = [random_experts(self.shape, DEVICE, DTYPE) for _ in range(count)]
+        self.gates = [random_experts(self.shape, DEVICE, DTYPE)[0] if gated else None for _ in range(count)]
 
     def _layers_for(self, num_union: int) -> int:
         return max(LEAST_LAYERS, math.ceil(GRAPH_BYTES / (num_union * self.shape.weights_per_expert * 2)))
 
     def compile(self, chunks: list[Chunk]) -> None:
         """Run every method once for every number of tokens, in threads."""
-        layers = [self._layer(chunk, *self.experts[0]) for chunk in {c.num_tokens: c for c in chunks}.values()]
+        layers = [self._layer(chunk, 0) for chunk in {c.num_tokens: c for c in chunks}.values()]
 
         def once(method: Method, layer: Layer) -> None:
             try:
@@ -144,8 +149,12 @@ class Bench:
     def run(self, chunk: Chunk, rounds: int, seconds: float) -> list[Row]:
         """Check every method, then time those that are right. `seconds` is the CPU's."""
         E, (num_active, num_union) = self.shape.num_experts, chunk.counts(self.shape)
-        layers = [self._layer(chunk, *experts) for experts in self.experts[: self._layers_for(num_union)]]
-        expected = sparse_ffn(*(tensor.float() for tensor in layers[0].inputs()), backend="reference")
+        layers = [self._layer(chunk, index) for index in range(self._layers_for(num_union))]
+        gate = layers[0].gate
+        expected = sparse_ffn(
+            *(tensor.float() for tensor in layers[0].inputs()), gate_proj_EFD=None if gate is None else gate.float(),
+            backend="reference",
+        )  # fmt: skip
         rows = []
         for name, method in self.methods.items():
             prepared = [method.prepare(layer) for layer in layers]
@@ -171,10 +180,11 @@ class Bench:
         dense = next((row.microseconds for row in rows if row.method == BASELINE), None)
         return [replace(row, times_dense=dense / row.microseconds if dense else None) for row in rows]
 
-    def _layer(self, chunk: Chunk, up: Tensor, down: Tensor) -> Layer:
+    def _layer(self, chunk: Chunk, index: int) -> Layer:
         weights = routing_weights(chunk, self.shape).to(DEVICE, DTYPE)
         x = torch.randn(chunk.num_tokens, self.shape.hidden_size, device=DEVICE, dtype=DTYPE)
-        return Layer(x, up, down, weights, weights.any(dim=0).nonzero().squeeze(-1))
+        union = weights.any(dim=0).nonzero().squeeze(-1)
+        return Layer(x, *self.experts[index], weights, union, self.gates[index])
 
 
 def print_crossing(rows: list[Row]) -> list[dict[str, Any]]:

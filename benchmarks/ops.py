@@ -51,6 +51,7 @@ def arguments_of_command() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.05, help="length of one timing (CPU)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--budget", type=float, default=600, help="end after so many seconds from the imports (GPU)")
+    parser.add_argument("--gated", action="store_true", help="experts with a gate, of three matrices (GPU)")
     parser.add_argument("--prefill", action="store_true", help="only the table of many tokens (GPU)")
     parser.add_argument("--crossing", action="store_true", help="only the table of where sparsity pays (CPU)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of --crossing")
@@ -93,7 +94,8 @@ def time_chunks(module: Any, options: argparse.Namespace, report: Report, deadli
     for name in shapes:
         if on_gpu and time.monotonic() > deadline:
             break
-        bench = module.Bench(name, methods)
+        bench = module.Bench(name, methods, **({"gated": options.gated} if on_gpu else {}))
+        report.data["gated"] = options.gated
         if on_gpu:
             start = time.monotonic()
             bench.compile(chunks)
@@ -104,7 +106,8 @@ def time_chunks(module: Any, options: argparse.Namespace, report: Report, deadli
                 break
             with torch.inference_mode():
                 own = bench.run(chunk, options.rounds, options.seconds)
-            print_rows(own, lambda row: f", memory {row.bandwidth / 1e9:.1f} GB/s")
+            kind = ", gated" if options.gated else ""
+            print_rows(own, lambda row, kind=kind: f"{kind}, memory {row.bandwidth / 1e9:.1f} GB/s")
             rows += own
             report.data["results"] = [asdict(row) for row in rows]
         report.write()
@@ -123,8 +126,9 @@ def main() -> None:
         import on_cpu as module
     else:
         import on_cuda as module
-    if (options.prefill and options.device == "cpu") or (options.crossing and options.device == "cuda"):
-        raise SystemExit("--prefill needs --device cuda, --crossing needs --device cpu")
+    on_gpu = options.device == "cuda"
+    if ((options.prefill or options.gated) and not on_gpu) or (options.crossing and on_gpu):
+        raise SystemExit("--prefill and --gated need --device cuda, --crossing needs --device cpu")
     report = Report(module.machine(), options.json)
     if options.device == "cuda":
         timer = threading.Timer(options.budget - (time.monotonic() - started), report.stop)
