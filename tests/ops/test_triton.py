@@ -108,7 +108,7 @@ def gate_beside(up: Tensor, seed: int = 1) -> Tensor:
 def test_gated_experts_equal_the_reference(T: int, share: float, dtype: torch.dtype, backend: str) -> None:
     if T > 64 and backend == "triton":
         pytest.skip("refused, see below")
-    x, up, down, weights = layer(T, 5, 32, 80, share=share, dtype=dtype)
+    x, up, down, weights = layer(T, 5, 64, 80, share=share, dtype=dtype)
     gate = gate_beside(up)
     y = sparse_ffn(x, up, down, weights, gate_proj_EFD=gate, backend=backend)
     arguments = (tensor.float() for tensor in (x, up, down, weights))

@@ -288,9 +288,10 @@ def ffn_over_union(
 
 
 def fit_shared_memory(config: UnionConfig, x_TD: Tensor, *, gated: bool = False) -> UnionConfig:
-    """Smaller blocks for float32 and for gates, wide ones seldom: `choose_config` fills shared memory without."""
+    """Smaller blocks for float32 and for gates: `choose_config` fills shared memory without."""
     if gated:
-        config = replace(config, up_cols=config.up_cols // 2, wide_rows=config.wide_rows // 2)
+        stages = min(config.wide_stages, 4)
+        config = replace(config, up_cols=config.up_cols // 2, wide_cols=config.wide_cols // 2, wide_stages=stages)
     if x_TD.element_size() <= 2:
         return config
     return replace(config, up_cols=config.up_cols // 2, wide_rows=0, down_rows=32, down_cols=32)
