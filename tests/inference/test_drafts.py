@@ -32,6 +32,7 @@ from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.drafters.native_eagle import NativeEagleDrafter
 from blockffn.inference.speculative.drafters.ngram import NgramDrafter
 from blockffn.inference.speculative.growth import DrawnNodes
+from blockffn.inference.speculative.shaping import CostAwareShaper
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.models.draft import DraftModel
 from blockffn.ops import native
@@ -155,7 +156,7 @@ def test_every_draft_is_lossless(name: str, tree: str | int, folder: Path) -> No
     named = {"folder of a draft": folder / "draft", "folder of a model": folder}
     engine = Engine.load(folder, device="cpu", draft=named.get(name, name), tree=tree)
     assert engine.speculation is not None
-    assert (engine.speculation.shaper is not None) == (tree == "auto")
+    assert isinstance(engine.speculation.shaper, CostAwareShaper) == (tree == "auto")
     expected = {"ngram": NgramDrafter, "folder of a model": ModelDrafter}.get(name, HEAD_DRAFTER)
     assert type(engine.speculation.drafter) is expected
     for settings in SETTINGS[::2]:

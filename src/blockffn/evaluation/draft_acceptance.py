@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blockffn.inference.decode import GenerationSettings
 from blockffn.inference.model_target import ModelTarget
-from blockffn.inference.speculative.decode import Shaper, Speculation, speculative_generate
+from blockffn.inference.speculative.decode import UNSHAPED, Shaper, Speculation, speculative_generate
 from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.drafters.eagle import eagle_drafter
 from blockffn.inference.speculative.drafters.ngram import NgramDrafter
@@ -76,7 +76,7 @@ def decoding_acceptance(
         raise ValueError("no held-out text is long enough to continue; ask for shorter prompts")
     target = ModelTarget(model, capacity=max(map(len, prompts)) + new_tokens)
     settings = GenerationSettings(max_new_tokens=new_tokens, temperature=0.0)
-    speculation = Speculation(drafter, None if estimate is None else _Listener(estimate))
+    speculation = Speculation(drafter, UNSHAPED if estimate is None else _Listener(estimate))
     total = SpeculationStatistics()
     for prompt in prompts:
         generation = speculative_generate(target, speculation, prompt.tolist(), settings)

@@ -136,8 +136,8 @@ def decode(
             on_logits(step.logits[-1])
         recorder.start()
         token = next_token(step, request, generator)
-        recorder.lap("sampling")
         request.take([token])
+        recorder.lap("sampling")
         yield [token]
         if request.finish_reason is not None:
             return

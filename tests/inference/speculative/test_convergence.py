@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blockffn.inference.speculative.cost import CostModel, DraftingCost
+from blockffn.inference.speculative.decode import Round
 from blockffn.inference.speculative.growth import BestNodes, Budget
 from blockffn.inference.speculative.shaping import CostAwareShaper
 from blockffn.inference.speculative.tree import ROOT, DraftTree, no_tree
@@ -33,6 +34,7 @@ class Regime:
         sure: mean probability that the draft gives its first choice. trust: how often it is right, of what it says.
         assumed: of what a level costs, as `CostAwareShaper` is told. misjudged: factor on its cost model.
         link: of drafting a level of a chain; `None`: chains are not drafted.
+        look: of each look at the clock: learning takes some. cold: of drafting, where the round before did not.
     """
 
     sure: float
@@ -45,6 +47,8 @@ class Regime:
     assumed: float = 2.0
     misjudged: float = 1.0
     link: float | None = None
+    look: float = 0.0
+    cold: float = 0.0
 
 
 class World:
@@ -53,11 +57,18 @@ class World:
     def __init__(self, regime: Regime, *, seed: int = 0) -> None:
         self.regime, self.seed, self.now = regime, seed, 0.0
         self.chains = 0  # that were drafted
+        self._is_cold = False
+
+    def clock(self) -> float:
+        self.now += self.regime.look
+        return self.now / 1000
 
     def propose(self, number: int, size: int, budget: Budget) -> DraftTree:
         if budget.nodes < 1 or budget.depth < 1:
+            self._is_cold = True
             return no_tree()
-        self.now += self.regime.proposal
+        self.now += self.regime.proposal + self._is_cold * self.regime.cold
+        self._is_cold = False
         self.chains += budget.chain
 
         def expand(tree: DraftTree, nodes: list[int]) -> Tensor:
@@ -120,22 +131,42 @@ def shaper_for(world: World) -> CostAwareShaper:
     node, plain = regime.misjudged * regime.node, regime.misjudged * regime.plain
     cost = CostModel(plain - node, node, 0, 0)
     return CostAwareShaper(
-        cost, num_experts=1, clock=lambda: world.now / 1000, tree=DraftingCost(level=regime.assumed),
+        cost, num_experts=1, clock=world.clock, tree=DraftingCost(level=regime.assumed),
         chain=None if regime.link is None else DraftingCost(level=regime.link),
     )  # fmt: skip
 
 
 def by_cost_rate(world: World, shaper: CostAwareShaper, numbers: range) -> float:
-    tokens, begun = 0.0, world.now
-    for number in numbers:
-        tree = world.propose(number, 31, shaper.budget(Budget(31, 16)))
-        if len(tree):
-            tree = shaper.shape(tree)
-        expected, verdict = world.verify(number, tree)
-        size = len(tree) + 1
-        shaper.observe(tree, verdict, Step(torch.empty(size, 0), torch.empty(size, 0)))
-        tokens += expected
+    tokens, begun, most, number = 0.0, world.now, Budget(31, 16), numbers.start
+    while number < numbers.stop:
+        routine = shaper.routine(most)
+        if routine is not None:
+            rounds = []
+            while len(rounds) < routine.rounds and number < numbers.stop:
+                expected, round_ = play_alike(world, number, routine.budget)
+                rounds.append(round_)
+                tokens += expected
+                number += 1
+            shaper.passed(rounds)
+        else:
+            tree = world.propose(number, 31, shaper.budget(most))
+            if len(tree):
+                tree = shaper.shape(tree)
+            expected, verdict = world.verify(number, tree)
+            size = len(tree) + 1
+            shaper.observe(tree, verdict, Step(torch.empty(size, 0), torch.empty(size, 0)))
+            tokens += expected
+            number += 1
     return tokens / (world.now - begun)
+
+
+def play_alike(world: World, number: int, budget: Budget) -> tuple[float, Round]:
+    """A round of a routine, and its expected tokens."""
+    begun = world.now
+    tree = world.propose(number, 31, budget)
+    drafted = world.now
+    expected, verdict = world.verify(number, tree)
+    return expected, Round(tree, len(verdict.path), (drafted - begun) / 1000, (world.now - begun) / 1000)
 
 
 def over_best_fixed(world: World, shaper: CostAwareShaper, numbers: range) -> tuple[float, str]:
@@ -182,6 +213,33 @@ def test_after_sixty_rounds_it_is_within_three_percent_of_the_best_fixed_size(na
     gain, best = over_best_fixed(world, shaper, range(60, 260))
     print(f"GAIN {gain:.3f} {best}")
     assert gain > 0.97, f"{gain:.3f} of the best fixed size, {best}"
+
+
+QUICK = Regime(0.85, node=2.5, proposal=2.0, level=25.0, link=4.0, look=3.0, cold=40.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("regime", "least", "most"),
+    [
+        (QUICK, 0.8, 1.0),
+        (replace(QUICK, trust=0.3), 0.0, 0.1),
+        (replace(QUICK, sure=0.95, trust=0.95), 0.8, 1.0),
+        (replace(QUICK, link=9.0), 0.0, 0.1),
+    ],
+)
+def test_a_model_beside_which_learning_takes_long_drafts_chains_in_rows_where_they_pay(
+    regime: Regime, least: float, most: float
+) -> None:
+    """Each chain behind a plain round loses: only rows of them show what they bring."""
+    world = World(regime)
+    shaper = shaper_for(world)
+    by_cost_rate(world, shaper, range(2000))
+    before = world.chains
+    gain, best = over_best_fixed(world, shaper, range(2000, 5000))
+    print(f"GAIN {gain:.3f} {best} {(world.chains - before) / 3000:.2f}")
+    assert least <= (world.chains - before) / 3000 <= most
+    assert gain > 0.96, f"{gain:.3f} of the best fixed size, {best}"
 
 
 @pytest.mark.slow

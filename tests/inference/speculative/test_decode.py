@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,19 @@ from torch import Tensor
 
 from blockffn.inference.decode import Generation, GenerationSettings, Request, generate
 from blockffn.inference.sampling import probabilities
-from blockffn.inference.speculative.decode import Shaper, Speculation, speculative_generate
+from blockffn.inference.speculative.decode import (
+    UNSHAPED,
+    Round,
+    Routine,
+    Shaper,
+    Speculation,
+    speculative_generate,
+)
 from blockffn.inference.speculative.decode import speculate as speculate_in_blocks
 from blockffn.inference.speculative.drafters import Drafter
 from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.drafters.ngram import NgramDrafter
-from blockffn.inference.speculative.growth import BestNodes, DrawnNodes
+from blockffn.inference.speculative.growth import BestNodes, Budget, DrawnNodes
 from blockffn.inference.speculative.lossless import Difference, first_difference
 from blockffn.inference.speculative.statistics import SpeculationStatistics
 from blockffn.inference.speculative.tree import DraftTree
@@ -33,7 +41,7 @@ def greedy(max_new_tokens: int, **settings: Any) -> GenerationSettings:
 
 
 def speculate(
-    target: Target, drafter: Drafter, settings: GenerationSettings, *, shaper: Shaper | None = None, **options: Any
+    target: Target, drafter: Drafter, settings: GenerationSettings, *, shaper: Shaper = UNSHAPED, **options: Any
 ) -> Generation:
     return speculative_generate(target, Speculation(drafter, shaper), PROMPT, settings, **options)
 
@@ -341,13 +349,13 @@ class RestingShaper(Shaper):
         self.rests: list[int] = []
         self.drafts_next = False
 
-    def rest(self) -> int:
+    def routine(self, most: Budget) -> Routine | None:
         self.drafts_next = not self.drafts_next
-        return 3 if self.drafts_next else 0
+        return Routine(3, Budget(nodes=0, depth=0)) if self.drafts_next else None
 
-    def rested(self, rounds: int, seconds: float) -> None:
-        assert 0 < seconds < 1
-        self.rests.append(rounds)
+    def passed(self, rounds: Sequence[Round]) -> None:
+        assert all(0 < round_.seconds < 1 and not len(round_.tree) and not round_.accepted for round_ in rounds)
+        self.rests.append(len(rounds))
 
 
 class ListeningDrafter(OracleDrafter):

@@ -10,6 +10,7 @@ import torch
 from blockffn.inference.speculative.cost import DraftingCost
 from blockffn.inference.speculative.drafting import (
     FEWEST_ROUNDS,
+    FIRST_HOPE,
     HOPE,
     LEAST_WORTH,
     STEPS,
@@ -53,7 +54,8 @@ def test_a_node_belongs_to_the_step_in_which_it_is_drafted_first() -> None:
 
 def test_before_anything_is_known_everything_is_drafted() -> None:
     assert way().usual == LAST
-    assert way().worth(0, LAST) == pytest.approx(HOPE * LAST)
+    assert way(level=1.0).worth(0, LAST) == pytest.approx(HOPE * LAST + FIRST_HOPE - 0.1)
+    assert way(level=20.0).usual == 0  # but where it takes two plain rounds
 
 
 def test_a_step_is_worth_what_its_nodes_bring_less_what_its_time_is_worth() -> None:
@@ -68,7 +70,8 @@ def test_a_step_is_worth_what_its_nodes_bring_less_what_its_time_is_worth() -> N
 def test_the_first_round_counts_for_a_third_and_later_ones_for_less_until_they_are_forgotten() -> None:
     one, drafted = way(level=0.0), Drafted(TREE)
     one.learn(drafted, [1.0] * LAST, steps=1, rate=0.1, read=0)
-    after_one = HOPE + (1 - HOPE) / (FEWEST_ROUNDS + 1)
+    first = HOPE + FIRST_HOPE
+    after_one = first + (1 - first) / (FEWEST_ROUNDS + 1)
     assert one.worth(0, 1) == pytest.approx(after_one)
     assert one.worth(1, 2) == HOPE  # a step that was not taken teaches nothing
     one.learn(drafted, [0.0] * LAST, steps=1, rate=0.1, read=0)
@@ -86,7 +89,7 @@ def test_the_first_round_counts_for_a_third_and_later_ones_for_less_until_they_a
         ([0.3, -0.1, 0.2], 3),  # a step that loses is taken where the next makes up for it
         ([0.3, -0.1, 0.05], 1),
         ([-0.1, -0.1, -0.1], 0),
-        ([0.9 * LEAST_WORTH, 0.0, 0.0], 0),
+        ([0.8 * LEAST_WORTH, 0.0, 0.0], 0),
         ([1.1 * LEAST_WORTH, -0.1, 0.0], 1),
     ],
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blockffn.inference.decode import GenerationSettings, generate
 from blockffn.inference.model_target import ModelTarget
-from blockffn.inference.speculative.decode import Speculation, speculative_generate
+from blockffn.inference.speculative.decode import UNSHAPED, Speculation, speculative_generate
 from blockffn.inference.speculative.growth import Budget
 from blockffn.inference.speculative.shaping import CostAwareShaper, CostModel
 from blockffn.inference.speculative.tree import ROOT, DraftTree
@@ -97,7 +97,7 @@ def check(make_target: Any, request: dict[str, Any]) -> None:
     plain = generate(target, prompt, asked, on_token=receiver())
     assert plain.token_ids == whole[: len(plain.token_ids)]
     drafter = RandomTrees(prompt + whole, right=request["right"], seed=request["seed"])
-    shaper = CostAwareShaper(CostModel(2.0, 0.1, 0.2, 0.01), num_experts=12) if request["shaped"] else None
+    shaper = CostAwareShaper(CostModel(2.0, 0.1, 0.2, 0.01), num_experts=12) if request["shaped"] else UNSHAPED
     speculation = Speculation(drafter, shaper, request["most"])
     for _ in range(2):  # nothing is left of a text that could change the next
         decoded = speculative_generate(target, speculation, prompt, asked, on_token=receiver())

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockffn.inference.speculative.cost import CostModel, DraftingCost
-from blockffn.inference.speculative.decode import Speculation
+from blockffn.inference.speculative.decode import Round, Speculation
 from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.estimates import UnionEstimate
 from blockffn.inference.speculative.growth import BestNodes, Budget
@@ -22,13 +22,13 @@ from blockffn.inference.speculative.shaping import (
     EXPLORE,
     FIRST_LEARNT,
     LEARN,
-    MOST_REST,
+    MOST_ALIKE,
     PLAIN_TRY,
     CostAwareShaper,
     Prices,
     choose_nodes,
 )
-from blockffn.inference.speculative.tree import DraftTree, chain
+from blockffn.inference.speculative.tree import DraftTree, chain, no_tree
 from blockffn.inference.speculative.verify import Verdict
 from blockffn.inference.target import Step
 from tests.inference.speculative.stub_targets import BigramTarget, decode_losslessly
@@ -252,10 +252,11 @@ def test_where_nothing_pays_plain_rounds_come_in_rows_until_it_explores() -> Non
     shaper._credit = -2.0 * shaper._plain()
     play(shaper, draft_probability=0.1, rounds=PLAIN_TRY, verified=verified)
     rows, unread = [], shaper._unread
-    while rounds := shaper.rest():
-        shaper.rested(rounds, 0.003 * rounds)
-        rows.append(rounds)
-    assert max(rows) == MOST_REST
+    while routine := shaper.routine(Budget(nodes=6, depth=6)):
+        assert routine.budget.nodes == 0
+        shaper.passed([Round(no_tree(), 0, 0.0, 0.003)] * routine.rounds)
+        rows.append(routine.rounds)
+    assert max(rows) == MOST_ALIKE
     assert sum(rows) == pytest.approx(2 / 3 * 2 / EXPLORE, abs=4)  # credit for two rounds of 2 ms, in rounds of 3
     assert shaper._unread == unread + sum(rows)
     assert shaper._plain() == pytest.approx(3.0)
@@ -265,7 +266,7 @@ def test_where_nothing_pays_plain_rounds_come_in_rows_until_it_explores() -> Non
 def test_where_drafts_pay_nothing_rests() -> None:
     shaper = CostAwareShaper(CostModel(10, 0.1, 0, 0), num_experts=1, tree=DraftingCost(level=0.1))
     for _ in range(50):
-        assert shaper.rest() == 0
+        assert shaper.routine(Budget(nodes=20, depth=6)) is None
         play(shaper, draft_probability=0.8, rounds=1)
 
 
@@ -493,7 +494,7 @@ class SlowLearner:
             self.now += 3.0
             return brings(tree)
 
-        def slow_observe(tree: DraftTree, verdict: Verdict) -> None:
+        def slow_observe(tree: DraftTree, verdict: Verdict, **options: Any) -> None:
             self.now += 2.0
             self.learnt += len(tree) > 0
             observe(tree, verdict)

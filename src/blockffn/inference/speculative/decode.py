@@ -6,8 +6,10 @@ path in the cache and adds the target's own token, which is the next root.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +25,33 @@ from blockffn.inference.target import Step, Target, check_request
 MOST = Budget(nodes=63, depth=16)
 
 
+@dataclass(frozen=True)
+class Routine:
+    """Rounds that are all alike: between them the shaper is not asked, and no tree is cut.
+
+    Attributes:
+        rounds: at most so many.
+        budget: what each may draft; no nodes: they decode plainly.
+    """
+
+    rounds: int
+    budget: Budget
+
+
+class Round(NamedTuple):
+    """One of a routine, as it was.
+
+    Attributes:
+        tree: that was verified, maybe an empty one. accepted: nodes of it.
+        draft_seconds: of drafting. seconds: of the whole round.
+    """
+
+    tree: DraftTree
+    accepted: int
+    draft_seconds: float
+    seconds: float
+
+
 class Shaper:
     """Says how much to draft, cuts the tree to what pays, and learns from what was accepted. This one leaves all as it
     is."""
@@ -30,15 +59,18 @@ class Shaper:
     def start(self, tokens: int) -> None:
         """A text of so many tokens begins."""
 
-    def rest(self) -> int:
-        """Rounds to come without drafts, whatever they bring, of which `rested` tells at their end; 0: none are known.
+    def routine(self, most: Budget) -> Routine | None:
+        """Rounds to come, whatever they bring, of which `passed` tells at their end; `None`: none are known.
 
         Asking and telling in every round would take a good part of a small model's step.
-        """
-        return 0
 
-    def rested(self, rounds: int, seconds: float) -> None:
-        """So many have passed in this time: those of `rest`, or fewer where the text ended or nobody wants more."""
+        Args:
+            most: that is possible in any round.
+        """
+        return None
+
+    def passed(self, rounds: Sequence[Round]) -> None:
+        """Those of `routine`, or fewer where the text ended or nobody wants more."""
 
     def budget(self, most: Budget) -> Budget:
         """What may be drafted in a round, of the most that is possible."""
@@ -50,6 +82,9 @@ class Shaper:
 
     def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None:
         """What a verification of root and tree gave."""
+
+
+UNSHAPED = Shaper()
 
 
 @dataclass(frozen=True)
@@ -65,11 +100,11 @@ class Speculation:
     """
 
     drafter: Drafter
-    shaper: Shaper | None = None
+    shaper: Shaper = UNSHAPED
     most: Budget = MOST
 
     def __post_init__(self) -> None:
-        if not self.drafter.deterministic and self.shaper is not None:
+        if not self.drafter.deterministic and self.shaper is not UNSHAPED:
             raise ValueError("a tree drawn at random cannot be cut; use a drafter without chance (growth BestNodes)")
 
 
@@ -92,11 +127,10 @@ def speculative_generate(
 def speculate(target: Target, speculation: Speculation, request: Request) -> Iterator[list[int]]:
     """Continue a request to its end; gives its new tokens in blocks, one a round, as they come."""
     drafter, shaper, recorder = speculation.drafter, speculation.shaper, request.recorder
-    counts = recorder.speculation = SpeculationStatistics()
+    recorder.speculation = SpeculationStatistics()
     context = request.tokens  # as it grows
     drafter.start(context)
-    if shaper is not None:
-        shaper.start(len(context))
+    shaper.start(len(context))
     step = begin(target, request)
     generator = torch.Generator(step.logits.device).manual_seed(request.settings.seed)
     recorder.start()
@@ -107,69 +141,106 @@ def speculate(target: Target, speculation: Speculation, request: Request) -> Ite
     yield [token]
     while request.finish_reason is None:
         recorder.start()
-        rest = 0 if shaper is None else shaper.rest()
-        if shaper is not None and rest:
-            yield from _rest(target, drafter, shaper, request, rest, generator)
+        routine = shaper.routine(speculation.most)
+        if routine is not None:
+            run = _draft_alike if routine.budget.nodes else _rest
+            yield from run(target, speculation, request, routine, generator)
             continue
         tree = _draft(target, speculation, request)
-        tokens, parents = tree.behind(context[-1])
-        recorder.lap("draft")
-        step = target.extend(tokens, parents)
-        recorder.lap("decode")
-        verdict = _verdict(tree, step, request, generator)
-        block = [*(tree.token_list[node] for node in verdict.path), verdict.bonus]
-        taken = request.take(block)
-        kept = [0, *(node + 1 for node in verdict.path)][:taken]
-        target.commit(kept)
-        drafter.observe([tokens[row] for row in kept], _rows(step.hidden, kept))
-        if shaper is not None:
-            shaper.observe(tree, verdict, step)
+        block, verdict, step = _verify(target, drafter, request, tree, generator)
+        shaper.observe(tree, verdict, step)
         recorder.lap("sampling")
-        recorder.add(step)
-        counts.count(tree, verdict)
-        yield block[:taken]
+        yield block
+
+
+def _verify(
+    target: Target, drafter: Drafter, request: Request, tree: DraftTree, generator: torch.Generator
+) -> tuple[list[int], Verdict, Step]:
+    """The end of a round, from its tree on: what it adds to the text, and why. The caller ends its time."""
+    recorder = request.recorder
+    tokens, parents = tree.behind(request.tokens[-1])
+    recorder.lap("draft")
+    step = target.extend(tokens, parents)
+    recorder.lap("decode")
+    verdict = _verdict(tree, step, request, generator)
+    block = [*(tree.token_list[node] for node in verdict.path), verdict.bonus]
+    taken = request.take(block)
+    kept = [0, *(node + 1 for node in verdict.path)][:taken]
+    target.commit(kept)
+    drafter.observe([tokens[row] for row in kept], _rows(step.hidden, kept))
+    recorder.add(step)
+    assert recorder.speculation is not None
+    recorder.speculation.count(tree, verdict)
+    return block[:taken], verdict, step
+
+
+def _draft_alike(
+    target: Target, speculation: Speculation, request: Request, routine: Routine, generator: torch.Generator
+) -> Iterator[list[int]]:
+    """Rounds with drafts of one budget, fewer where the request ends; gives their tokens."""
+    recorder, drafter, rounds = request.recorder, speculation.drafter, list[Round]()
+    try:
+        while True:
+            began = time.perf_counter()
+            possible = _budget(target, speculation, request)
+            nodes, depth = min(routine.budget.nodes, possible.nodes), min(routine.budget.depth, possible.depth)
+            budget = routine.budget._replace(nodes=nodes, depth=depth)
+            tree = drafter.propose(request.tokens, budget) if nodes else no_tree()
+            drafted = time.perf_counter()
+            block, verdict, _ = _verify(target, drafter, request, tree, generator)
+            rounds.append(Round(tree, len(verdict.path), drafted - began, time.perf_counter() - began))
+            if len(rounds) == routine.rounds or request.finish_reason is not None:
+                break
+            recorder.lap("sampling")
+            yield block
+            recorder.start()
+    finally:
+        if rounds:
+            speculation.shaper.passed(rounds)
+    recorder.lap("sampling")
+    yield block
 
 
 def _rest(
-    target: Target, drafter: Drafter, shaper: Shaper, request: Request, rounds: int, generator: torch.Generator
+    target: Target, speculation: Speculation, request: Request, routine: Routine, generator: torch.Generator
 ) -> Iterator[list[int]]:
     """Rounds without drafts, fewer where the request ends; gives their tokens. What the reader does between them takes
     no part of their time."""
-    recorder, roots, states, seconds = request.recorder, list[int](), list[Tensor](), 0.0
+    recorder, roots, states, rounds = request.recorder, list[int](), list[Tensor](), list[Round]()
     try:
         while True:
             roots.append(request.tokens[-1])
             step = target.extend(roots[-1:])
             target.commit([0])
-            seconds += recorder.lap("decode")
+            seconds = recorder.lap("decode")
             token = next_token(step, request, generator)
             request.take([token])
             seconds += recorder.lap("sampling")
             recorder.add(step)
             states.append(step.hidden)
-            if len(states) == rounds or request.finish_reason is not None:
+            rounds.append(Round(no_tree(), 0, 0.0, seconds))
+            if len(rounds) == routine.rounds or request.finish_reason is not None:
                 break
             yield [token]
             recorder.start()
-        drafter.observe(roots, torch.cat(states))
+        speculation.drafter.observe(roots, torch.cat(states))
     finally:
-        if states:
-            shaper.rested(len(states), seconds)
+        if rounds:
+            speculation.shaper.passed(rounds)
             if recorder.speculation is not None:
-                recorder.speculation.count_plain(len(states))
+                recorder.speculation.count_plain(len(rounds))
     recorder.lap("sampling")
     yield [token]
 
 
 def _draft(target: Target, speculation: Speculation, request: Request) -> DraftTree:
     """A tree behind the request's tokens, maybe an empty one."""
-    budget, shaper = _budget(target, speculation, request), speculation.shaper
-    if shaper is not None:
-        budget = shaper.budget(budget)
+    shaper = speculation.shaper
+    budget = shaper.budget(_budget(target, speculation, request))
     if not budget.nodes:
         return no_tree()
     tree = speculation.drafter.propose(request.tokens, budget)
-    return shaper.shape(tree) if shaper is not None and len(tree) else tree
+    return shaper.shape(tree) if len(tree) else tree
 
 
 def _verdict(tree: DraftTree, step: Step, request: Request, generator: torch.Generator) -> Verdict:

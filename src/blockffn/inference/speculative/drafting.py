@@ -16,10 +16,11 @@ from blockffn.inference.speculative.tree import ROOT, DraftTree
 
 # Steps of drafting: children of the root alone, then of nodes whose path is ever less probable.
 STEPS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.17, 0.12, 0.08, 0.05, 0.0)
-HOPE = 0.1  # tokens that a step brings, before anything is known
+HOPE, FIRST_HOPE = 0.1, 0.5  # tokens that a step brings, and the first one more, before anything is known
 # Tokens that chains must bring to be usual where trees are known, too: the best of noisy estimates promises too much.
 LEAST_WORTH = 0.02
 FORGET_WORTH, FEWEST_ROUNDS = 0.97, 2.0  # what a step was worth before a round counts as so many at least
+FORGET_ROUTINE = 0.999  # as FORGET_WORTH, where every round teaches: what was accepted varies more than what is hoped
 
 
 class Drafted:
@@ -75,6 +76,7 @@ class WayOfDrafting:
             doubts=(2 * doubt, 2 * doubt, doubt / 2, cost.read / 2 + doubt / 128),
         )
         self._worth = [HOPE] * len(STEPS)  # tokens that each step brought lately, less what its time is worth
+        self._worth[0] += FIRST_HOPE - (cost.proposal + cost.level + cost.read) / plain
         self._seen = [FEWEST_ROUNDS] * len(STEPS)
         self._passed = 0  # rounds since the last that taught something
         self.usual = self._best_steps()
@@ -91,6 +93,33 @@ class WayOfDrafting:
     def backlog(self, tokens: int) -> float:
         """Milliseconds of reading so many tokens."""
         return self.times.prices[-1] * tokens
+
+    def learn_chains(
+        self, chains: Sequence[tuple[DraftTree, int]], *, steps: int, rate: float, verifying: float, read: float
+    ) -> None:
+        """From rounds that took at most so many steps, all alike: as `learn`, by what was accepted.
+
+        Args:
+            chains: what each drafted, and how many nodes of it were accepted. verifying: milliseconds a node.
+        """
+        drafted, accepted = [0] * steps, [0] * steps
+        for tree, count in chains:
+            step = 0
+            for depth, total in enumerate(tree.path_totals):
+                drafted[step] += 1
+                accepted[step] += depth < count
+                while step < steps - 1 and math.exp(total) < STEPS[step]:
+                    step += 1
+        proposal, level, node, reading = self.times.prices
+        passed, self._passed = self._passed, 0
+        for step in range(steps):
+            spent = (level + node + verifying) * drafted[step] / len(chains) + (
+                0 if step else proposal + reading * read
+            )
+            worth = accepted[step] / len(chains) - rate * spent
+            self._seen[step] = max(FORGET_ROUTINE**passed * self._seen[step], FEWEST_ROUNDS) + len(chains)
+            self._worth[step] += (worth - self._worth[step]) * len(chains) / self._seen[step]
+        self.usual = self._best_steps()
 
     def learn(self, drafted: Drafted, brought: Sequence[float], *, steps: int, rate: float, read: int) -> list[float]:
         """From a round that took so many steps; gives what each was worth.
@@ -110,6 +139,12 @@ class WayOfDrafting:
             self._worth[step] += (worths[step] - self._worth[step]) / self._seen[step]
         self.usual = self._best_steps()
         return worths
+
+    @property
+    def best_try(self) -> int:
+        """Steps that seem to be worth most, one at least."""
+        totals = list(itertools.accumulate(self._worth))
+        return 1 + totals.index(max(totals))
 
     def _best_steps(self) -> int:
         totals = [LEAST_WORTH if self.chain else 0.0, *itertools.accumulate(self._worth)]

@@ -84,10 +84,14 @@ class AcceptanceEstimate:
             reach.append(own[node] / max(totals[parent], 1.0) * (1.0 if parent == ROOT else reach[parent]))
         return reach
 
-    def observe(self, tree: DraftTree, verdict: Verdict) -> None:
-        """Learn from the children of every accepted node, and of the root."""
+    def observe(self, tree: DraftTree, verdict: Verdict, *, rounds: int = 1) -> None:
+        """Learn from the children of every accepted node, and of the root.
+
+        Args:
+            rounds: that have passed since the last call.
+        """
         self._known.clear()
-        self._weight *= self._growth
+        self._weight *= self._growth**rounds
         if self._weight > 1e6:
             self._rescale()
         on_path = {ROOT, *verdict.path}
@@ -218,13 +222,17 @@ class TimeEstimate:
     def milliseconds(self, quantities: Sequence[float]) -> float:
         return sum(price * quantity for price, quantity in zip(self.prices, quantities))
 
-    def observe(self, quantities: Sequence[float], milliseconds: float) -> None:
-        """Learn from a measurement. What takes far too long was the machine being busy with something else."""
+    def observe(self, quantities: Sequence[float], milliseconds: float, *, count: int = 1) -> None:
+        """Learn from a measurement. What takes far too long was the machine being busy with something else.
+
+        Args:
+            count: of measurements whose means these are.
+        """
         covariance = self._doubts()
         expected = max(self.milliseconds(quantities), 1e-6)
         relative = [quantity / expected for quantity in quantities]
         spread = [sum(value * x for value, x in zip(row, relative)) for row in covariance]
-        variance = TIME_NOISE**2 + sum(x * value for x, value in zip(relative, spread))
+        variance = TIME_NOISE**2 / count + sum(x * value for x, value in zip(relative, spread))
         missed = min(milliseconds / expected, OUTLIER) - 1
         self.prices = [max(price + value * missed / variance, 0.0) for price, value in zip(self.prices, spread)]
         self._covariance = [

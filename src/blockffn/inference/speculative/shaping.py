@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from blockffn.inference.speculative.cost import CostModel, DraftingCost, union_and_pairs
-from blockffn.inference.speculative.decode import Shaper
+from blockffn.inference.speculative.decode import Round, Routine, Shaper
 from blockffn.inference.speculative.drafting import STEPS, Drafted, WayOfDrafting, first_choices
 from blockffn.inference.speculative.estimates import (
     OUTLIER,
@@ -35,7 +35,12 @@ LEARN, FIRST_LEARNT = 0.01, 32  # of the time, what learning may take; rounds th
 # Of the limit from which nodes pay, a logarithm: how far a round moves it, where it lies if all of them pay; and what
 # counts as never accepted.
 LEAST_STEP, BEYOND, LEAST_REACH = 0.2, 0.5, 1e-6
-MOST_REST = 32  # plain rounds of which nothing is asked
+MOST_ALIKE = 32  # rounds of which nothing is asked
+TRY, TRY_STEPS = 12, 7  # rounds with drafts to see whether they pay, and the least steps of these
+PLAIN_EVERY = 256  # rounds with drafts, in rows, before plain ones are tried again
+# What learning takes of a round's time where rounds with drafts come in rows; as how many of the first rounds each of
+# them counts there.
+QUICK, MANY = 0.08, 8
 HOPELESS = 0.25  # of the rate: what a node must promise per millisecond for growth to go on
 EXPLORE, MOST_CREDIT = 0.0125, 0.5  # of the time; of a round's
 FURTHER, WIDER = (1, 2, 4), 2  # steps more, in turn; times as many nodes
@@ -164,43 +169,109 @@ class CostAwareShaper(Shaper):
         self._hopes: dict[int, float] = {}  # nodes that are verified to explore, with the hope of each
         self._drafted: tuple[int, ...] | None = None  # quantities of the way's `times`, where it was measured
         self._has_drafted = False  # in this round
+        self._passed = 0  # rounds since the last whose acceptance was learnt
         self._unread, self._own = 0, 1  # tokens since the last proposal, and of the last round
         self._learns, self._patience = True, 0.0  # this round; milliseconds that learning may take
         self._to_learn, self._spent = FIRST_LEARNT, plain  # rounds that learn in any case; of the last that learnt
         self._least = 0.0  # log-probability of acceptance from which nodes pay
+        self._learning = 0.0  # milliseconds that it took in the last round that learnt
         self._resting = PLAIN_TRY  # plain rounds to come, whatever seems to pay
         self._plain_rounds = 0  # in a row
+        self._to_plain = PLAIN_EVERY  # rounds with drafts until plain ones are tried in a row
         self._verified = (1.0, 1.0, plain)  # of the last that was measured, as `_verifying`
         self._begun = 0.0  # a time in milliseconds
 
     @property
     def rate(self) -> float:
-        """Tokens per millisecond of recent rounds that were measured, without what exploring took; of plain decoding at
-        least."""
+        """Tokens per millisecond of recent rounds that were measured, of plain decoding at least."""
         return max(self._tokens / self._milliseconds, 1 / self._plain())
 
     def start(self, tokens: int) -> None:
         """A text of so many tokens begins, which a draft has to read."""
         self._unread = tokens
 
-    def rest(self) -> int:
-        """Where nothing pays, until there is credit to explore."""
-        is_usual = self._resting == 0 and self._plain_rounds >= PLAIN_TRY and not self._usual_way().usual
-        if not is_usual or self._credit > 0:
-            return 0
-        return min(1 + int(-self._credit / max(EXPLORE * self._plain(), 1e-6)), MOST_REST)
+    def routine(self, most: Budget) -> Routine | None:
+        """Where nothing pays, plain rounds until there is credit to explore. Where learning takes long beside a round,
+        chains of the usual steps until there is time to learn, and exploring is a row of chains, too: a draft that has
+        not run for long is slow at first."""
+        way = self._usual_way()
+        if self._resting:
+            return None
+        if self._to_plain <= 0:
+            self._taken, self._to_plain = 0, PLAIN_EVERY
+            return Routine(TRY, NOTHING)
+        if way.usual:
+            is_due = self._patience >= 0 or self._to_learn > 0
+            return self._chains(most, way.usual, MOST_ALIKE) if way.chain and self._is_quick and not is_due else None
+        if self._credit > 0 and self._chain is not None and self._is_quick:
+            return self._chains(most, max(self._chain.best_try, TRY_STEPS), TRY)
+        if self._credit > 0 or self._plain_rounds < PLAIN_TRY:
+            return None
+        self._taken = 0
+        return Routine(min(1 + int(-self._credit / max(EXPLORE * self._plain(), 1e-6)), MOST_ALIKE), NOTHING)
 
-    def rested(self, rounds: int, seconds: float) -> None:
-        """Learn what a plain round takes."""
-        self._plain_rounds += rounds
-        if self._clock is not None:
-            self._learn_plain(1000 * seconds / rounds, rounds)
-        self._forget(rounds)
-        self._spent = self._plain()
-        self._learn_rate(1, self._spent, rounds)
-        self._own = 1
-        self._unread += rounds
-        self._earn(EXPLORE * self._spent * rounds, rounds)
+    def passed(self, rounds: Sequence[Round]) -> None:
+        """Learn from rounds of one kind together, which takes less time than one after the other."""
+        began = self._now()
+        if self._taken:
+            self._learn_chains(rounds)
+        else:
+            self._learn_plains(rounds)
+        self._patience -= self._now() - began
+
+    @property
+    def _is_quick(self) -> bool:
+        return self._learning > QUICK * self._spent
+
+    def _chains(self, most: Budget, steps: int, rounds: int) -> Routine:
+        self._taken = steps
+        return Routine(rounds, most._replace(least=STEPS[steps - 1], chain=True))
+
+    def _learn_plains(self, rounds: Sequence[Round]) -> None:
+        """From rounds without drafts. One that follows drafts is slow, see `COLD`."""
+        known, count = rounds if self._plain_rounds >= COLD else rounds[COLD:], len(rounds)
+        self._plain_rounds += count
+        if self._clock is not None and known:
+            self._learn_plain(_mean_milliseconds([round_.seconds for round_ in known]), len(known))
+        self._forget(count)
+        spent = self._plain()
+        lost = 0.0
+        if self._usual_way().usual:
+            lost = max(spent - 1 / self.rate, 0.0) * count
+        else:
+            self._learn_rate(1, spent, count)
+        self._spent, self._own = spent, 1
+        self._unread += count
+        self._earn(EXPLORE * spent * count - lost, count)
+
+    def _learn_chains(self, rounds: Sequence[Round]) -> None:
+        """From rounds that drafted chains. The first is slower where there was much to read: it does not count."""
+        assert self._chain is not None
+        chain, known, plain = self._chain, rounds[1:] or rounds, self._plain()
+        is_usual = self._taken <= chain.usual
+        count, nodes = len(known), sum(len(round_.tree) for round_ in known)
+        tokens = 1 + sum(round_.accepted for round_ in known) / count
+        drafting = _mean_milliseconds([round_.draft_seconds for round_ in known])
+        spent = drafting + _mean_milliseconds([round_.seconds - round_.draft_seconds for round_ in known])
+        self._forget(len(rounds))
+        if nodes:
+            levels = nodes / count
+            chain.times.observe((1, levels, levels, tokens), drafting, count=count)
+            chain.learn_chains(
+                [(round_.tree, round_.accepted) for round_ in known], steps=self._taken, rate=self.rate,
+                verifying=max(spent - drafting - plain, 0.0) / levels, read=tokens,
+            )  # fmt: skip
+        total = 1000 * sum(round_.seconds for round_ in rounds)
+        lost = 0.0
+        if is_usual:
+            self._learn_rate(tokens, spent, len(rounds))
+            if self.rate * plain < CLEAR_GAIN:
+                self._to_plain -= len(rounds)
+        else:
+            lost = max(total - sum(1 + round_.accepted for round_ in rounds) / self.rate, 0.0)
+        self._spent, self._plain_rounds = spent, 0
+        self._own = self._unread = 1 + rounds[-1].accepted
+        self._earn(EXPLORE * total - lost, len(rounds))
 
     def budget(self, most: Budget) -> Budget:
         """What to draft: the steps that lately brought more than they cost, and more where this round explores."""
@@ -256,7 +327,8 @@ class CostAwareShaper(Shaper):
         if self._explores:
             self._hopes = {place: reach[node] for place, node in enumerate(sorted(nodes)) if node not in net}
         self._begun = self._now()
-        self._patience -= self._begun - began
+        self._learning = self._begun - began
+        self._patience -= self._learning
         return self._part(tree, nodes)
 
     def observe(self, tree: DraftTree, verdict: Verdict, step: Step) -> None:
@@ -286,10 +358,19 @@ class CostAwareShaper(Shaper):
         if self._hopes:
             luck = sum((node in verdict.path) - hope for node, hope in self._hopes.items())
             gained += luck / self.rate
-        self._learn_rate(own, max(spent - self._lost, 0.0), 1)
-        self.acceptance.observe(tree, verdict)
-        self._spent, self._to_learn = spent, max(self._to_learn - 1, 0)
-        self._patience -= self._now() - now
+        self._learn_rate(own, spent, 1)
+        self.acceptance.observe(tree, verdict, rounds=self._passed)
+        self._passed = 0
+        self._spent = spent
+        if self._to_learn:
+            in_rows = self._chain is not None and self._is_quick
+            self._to_learn = max(self._to_learn - (MANY if in_rows else 1), 0)
+            if in_rows and not self._to_learn:
+                self._to_plain = 0
+        took = self._now() - now
+        if self._has_drafted:
+            self._learning += took
+        self._patience -= took
         self._earn(gained)
 
     def _earn(self, credit: float, rounds: int = 1) -> None:
@@ -299,12 +380,13 @@ class CostAwareShaper(Shaper):
 
     def _forget(self, rounds: int) -> None:
         """So many rounds pass."""
+        self._passed += rounds
         self._verifying.forget(rounds)
         for way in self._ways:
             way.forget(rounds)
         self._compared = max(FORGET_LEAD**rounds * self._compared, FEWEST_TREES)
 
-    def _learn_rate(self, tokens: int, milliseconds: float, rounds: int) -> None:
+    def _learn_rate(self, tokens: float, milliseconds: float, rounds: int) -> None:
         """From rounds that brought so many tokens each, in so long."""
         kept = FORGET_RATE**rounds
         new = (1 - kept) / (1 - FORGET_RATE)
@@ -427,3 +509,9 @@ class CostAwareShaper(Shaper):
         worth = sum(reach[node] for node in nodes) - self.rate * spent
         self._lost += max(sum(net.values()) - worth, 0.0) / self.rate
         return nodes
+
+
+def _mean_milliseconds(seconds: Sequence[float]) -> float:
+    """What took far longer than the others was the machine being busy with something else."""
+    most = OUTLIER * sorted(seconds)[len(seconds) // 2]
+    return 1000 * sum(min(each, most) for each in seconds) / len(seconds)
