@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 
-# Of the 16-bit types, which compile to the same tiles, float16 is compiled for one number of tokens: all take a minute more.
+# float16 takes the blocks that bfloat16 takes, so it is compiled for one number of tokens: all take a minute more.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "tokens", "dtypes", "name", "least"),

@@ -113,6 +113,70 @@ def test_routing(triton: ModuleType, T: int, count: int, E: int, threshold: floa
     assert ((results[0][2][:count] == 0) == (results[1][2][:count] == 0)).all()
 
 
+half = pytest.mark.parametrize("dtype", DTYPES[1:])
+
+
+def exact_logits(T: int, E: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments for a router whose logits are one product each: no order of sums can change them."""
+    x, branch = (randn(T, 32, dtype=dtype) for _ in range(2))
+    weight = torch.zeros(E, 32)
+    weight[torch.arange(E), torch.randperm(32)[:E]] = torch.randn(E)
+    given = {"norm": randn(32, dtype=dtype), "eps": 1e-5, "branch": branch, "scale": 0.5}
+    return {"x": x, "weight": weight.to(DEVICE, dtype), "router_norm": randn(E, dtype=dtype), "given": given}
+
+
+def routing_weights(
+    ops: ModuleType, *, x: Tensor, weight: Tensor, router_norm: Tensor, given: dict[str, Any], float32: bool,
+    out_dtype: torch.dtype, threshold: float = 0.0,
+) -> Tensor:  # fmt: skip
+    out = torch.full((len(x), len(weight)), float("nan"), device=DEVICE, dtype=out_dtype)
+    router = Router(weight, router_norm, 1e-6, float32, threshold)
+    ops.norm_route(x, router, **given, inputs=step_inputs(len(x), length=5), out=out)
+    return out
+
+
+@half
+@pytest.mark.parametrize("float32", [False, True])
+@pytest.mark.parametrize("T", [1, 5])
+def test_routing_is_rounded_where_the_definition_rounds(
+    triton: ModuleType, T: int, float32: bool, dtype: torch.dtype
+) -> None:
+    router = exact_logits(T, 20, dtype)
+    for out_dtype in (dtype, torch.float32):
+        actual, expected = (
+            routing_weights(ops, **router, float32=float32, out_dtype=out_dtype) for ops in (triton, reference)
+        )
+        assert torch.equal(actual == 0, expected == 0)
+        # Rounding more, less or elsewhere changes a tenth of the weights and more; an order of sums hardly any.
+        off = (actual - expected).abs() > (0 if out_dtype == dtype else 1e-6) * expected.abs()
+        assert off.sum() <= 0.05 * (expected != 0).sum()
+
+
+@half
+@pytest.mark.parametrize("rounds_up", [False, True])
+def test_a_weight_meets_the_threshold_before_it_is_rounded(
+    triton: ModuleType, rounds_up: bool, dtype: torch.dtype
+) -> None:
+    router = exact_logits(5, 20, dtype) | {"float32": True}
+    exact = routing_weights(reference, **router, out_dtype=torch.float32)
+    error = (exact.to(dtype).float().abs() - exact.abs()) * (1 if rounds_up else -1)
+    found = int((error / exact.abs().clamp_min(1e-3)).argmax())
+    threshold = float((exact.abs() + exact.to(dtype).float().abs()).flatten()[found]) / 2
+    actual = routing_weights(triton, **router, out_dtype=dtype, threshold=threshold)
+    assert (actual.flatten()[found] == 0) == rounds_up
+    expected = routing_weights(reference, **router, out_dtype=dtype, threshold=threshold)
+    assert torch.equal(actual == 0, expected == 0)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_weight_as_large_as_the_threshold_is_inactive(triton: ModuleType, T: int) -> None:
+    x, weight = torch.full((T, 32), 2.0, device=DEVICE), torch.eye(4, 32, device=DEVICE)
+    router = Router(weight, torch.tensor([0.5, 0.75, -0.5, 0.25], device=DEVICE), 0.0, False, threshold=0.5)
+    out, norm = torch.empty(T, 4, device=DEVICE), torch.ones(32, device=DEVICE)
+    triton.norm_route(x, router, norm=norm, eps=0.0, inputs=step_inputs(T, length=5), out=out)
+    assert out.tolist() == [[0.0, 0.75, 0.0, 0.0]] * T
+
+
 @dataclass
 class Routed:
     """A router and its experts, on `x [T, D]`."""
