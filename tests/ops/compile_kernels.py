@@ -35,6 +35,7 @@ class Gpu:
 GPUS = {80: Gpu("A100", 108, 166_912), 89: Gpu("RTX 4090", 128, 101_376), 90: Gpu("H100", 132, 232_448)}
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
          torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1"}  # fmt: skip
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass
@@ -106,16 +107,16 @@ def run_decode_steps(dtype: torch.dtype, tokens: Sequence[int]) -> None:
     torch.set_default_dtype(torch.float32)
 
 
-def launches_on(capability: int, tokens: Sequence[int]) -> Launches:
-    """All that operations on so many tokens would launch there, in bfloat16 and in float32."""
+def launches_on(capability: int, tokens: Sequence[int], dtypes: Sequence[str]) -> Launches:
+    """All that operations on so many tokens would launch there."""
     launches = Launches()
     # Before the modules that import these by name.
     gpu.refuses_device = lambda device: None
     gpu.has_dependent_launch = lambda device: capability >= 90  # type: ignore[assignment]
     gpu.num_processors = lambda device: GPUS[capability].processors  # type: ignore[assignment]
     JITFunction.run = lambda kernel, *args, **kwargs: launches.note(kernel, *args, **kwargs)  # type: ignore[method-assign]
-    for run, dtype in itertools.product((run_sparse_ffn, run_decode_steps), (torch.bfloat16, torch.float32)):
-        run(dtype, tokens)
+    for run, dtype in itertools.product((run_sparse_ffn, run_decode_steps), dtypes):
+        run(getattr(torch, dtype), tokens)
     return launches
 
 
@@ -134,8 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("capability", type=int, choices=GPUS)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 8, 16, 32, 64], help="of a step")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of weights and tokens")
     options = parser.parse_args()
-    noted = launches_on(options.capability, options.tokens).noted.values()
+    noted = launches_on(options.capability, options.tokens, options.dtypes).noted.values()
     with ThreadPoolExecutor() as pool:
         problems = list(filter(None, pool.map(lambda launch: problem_of(launch, options.capability), noted)))
     if not noted:

@@ -131,7 +131,7 @@ def test_routing_weights_may_be_float32_beside_half_experts(T: int) -> None:
 def test_a_token_is_not_touched_by_experts_of_its_neighbours() -> None:
     x, up, down, weights = layer(3, 4, 16, 32, share=1.1)
     weights[0] = 0
-    x[1] = float("nan")  # poisons the hidden values of token 1, which share tiles with those of tokens 0 and 2
+    x[:2] = float("nan")  # that of token 1 poisons its hidden values, which share tiles with those of tokens 0 and 2
     y = sparse_ffn(x, up, down, weights, backend="triton")
     assert (y[0] == 0).all()
     assert y[1].isnan().all()
@@ -155,6 +155,28 @@ def test_wide_blocks_equal_the_reference_however_large_the_union(T: int, E: int,
         config = replace(choose_config(T, E), up_rows=16, wide_rows=64, wide_blocks=wide_blocks, splits=2)
         y = ffn_over_union(*inputs, config=config)
         assert_close(f"y with wide blocks from {wide_blocks} a processor", y, expected, torch.float16)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="a GPU's kernel is compiled with both")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("wide_blocks", "least"), [(0.3, 2), (0.5, 2), (0.6, 3), (1.0, 4)])
+def test_a_union_with_enough_wide_blocks_takes_them(
+    wide_blocks: float, least: int, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from blockffn.ops.sparse_ffn import triton_union
+
+    # The interpreter has 4 processors, and an expert is one wide block.
+    config = replace(triton_union.choose_config(17, 6), wide_rows=64, wide_blocks=wide_blocks)
+    x, up, down, weights = layer(17, 6, 64, 16, share=1.1, dtype=torch.float16)
+    gate = gate_beside(up) if gated else None
+    for union, other in ((least - 1, "_wide_blocks"), (least, "_narrow_blocks")):
+        active = torch.where(torch.arange(6) >= 6 - union, weights, 0)
+        with monkeypatch.context() as patch:
+            patch.delattr(triton_union, other)
+            y = triton_union.ffn_over_union(x, up, down, active, gate_proj_EFD=gate, config=config)
+        arguments = (tensor.float() for tensor in (x, up, down, active))
+        expected = sparse_ffn(*arguments, gate_proj_EFD=None if gate is None else gate.float(), backend="reference")
+        assert_close(f"y of a union of {union}", y, expected, torch.float16)
 
 
 @pytest.mark.parametrize("E", [128, 300])
