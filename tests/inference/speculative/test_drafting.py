@@ -11,8 +11,10 @@ from blockffn.inference.speculative.cost import DraftingCost
 from blockffn.inference.speculative.drafting import (
     FEWEST_ROUNDS,
     FIRST_HOPE,
+    FORGET_WORTH,
     HOPE,
     LEAST_WORTH,
+    MOST_FORGOTTEN,
     STEPS,
     Drafted,
     WayOfDrafting,
@@ -80,7 +82,8 @@ def test_the_first_round_counts_for_a_third_and_later_ones_for_less_until_they_a
     for _ in range(200):
         one.forget(1)
     one.learn(drafted, [0.0] * LAST, steps=1, rate=0.1, read=0)
-    assert one.worth(0, 1) == pytest.approx(before * (1 - 1 / (FEWEST_ROUNDS + 1)))
+    seen = (FEWEST_ROUNDS + 2) * FORGET_WORTH**MOST_FORGOTTEN  # however many rounds passed
+    assert one.worth(0, 1) == pytest.approx(before * (1 - 1 / (seen + 1)))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ HOPE, FIRST_HOPE = 0.1, 0.5  # tokens that a step brings, and the first one more
 # Tokens that chains must bring to be usual where trees are known, too: the best of noisy estimates promises too much.
 LEAST_WORTH = 0.02
 FORGET_WORTH, FEWEST_ROUNDS = 0.97, 2.0  # what a step was worth before a round counts as so many at least
+MOST_FORGOTTEN = 8  # rounds between two that teach, where these are few
 FORGET_ROUTINE = 0.999  # as FORGET_WORTH, where every round teaches: what was accepted varies more than what is hoped
 
 
@@ -128,7 +129,7 @@ class WayOfDrafting:
             brought: what the nodes of each step are worth in tokens. rate: tokens per millisecond of the text.
             read: tokens that a draft reads in a round, where it drafts in every one.
         """
-        kept, self._passed = FORGET_WORTH**self._passed, 0
+        kept, self._passed = FORGET_WORTH ** min(self._passed, MOST_FORGOTTEN), 0
         self._seen = [max(kept * seen, FEWEST_ROUNDS) for seen in self._seen]
         before, worths = 0.0, []
         for step in range(steps):
