@@ -147,7 +147,10 @@ def by_cost_rate(world: World, shaper: CostAwareShaper, numbers: range) -> float
                 rounds.append(round_)
                 tokens += expected
                 number += 1
-            shaper.passed(rounds)
+            if routine.budget.nodes:
+                shaper.passed(rounds)
+            else:
+                shaper.rested([round_.seconds for round_ in rounds])
         else:
             tree = world.propose(number, 31, shaper.budget(most))
             if len(tree):

@@ -15,7 +15,6 @@ from blockffn.inference.decode import Generation, GenerationSettings, Request, g
 from blockffn.inference.sampling import probabilities
 from blockffn.inference.speculative.decode import (
     UNSHAPED,
-    Round,
     Routine,
     Shaper,
     Speculation,
@@ -353,9 +352,9 @@ class RestingShaper(Shaper):
         self.drafts_next = not self.drafts_next
         return Routine(3, Budget(nodes=0, depth=0)) if self.drafts_next else None
 
-    def passed(self, rounds: Sequence[Round]) -> None:
-        assert all(0 < round_.seconds < 1 and not len(round_.tree) and not round_.accepted for round_ in rounds)
-        self.rests.append(len(rounds))
+    def rested(self, seconds: Sequence[float]) -> None:
+        assert all(0 < spent < 1 for spent in seconds)
+        self.rests.append(len(seconds))
 
 
 class ListeningDrafter(OracleDrafter):

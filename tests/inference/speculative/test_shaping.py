@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockffn.inference.speculative.cost import CostModel, DraftingCost
-from blockffn.inference.speculative.decode import Round, Speculation
+from blockffn.inference.speculative.decode import Speculation
 from blockffn.inference.speculative.drafters.model import ModelDrafter
 from blockffn.inference.speculative.estimates import UnionEstimate
 from blockffn.inference.speculative.growth import BestNodes, Budget
@@ -23,13 +23,13 @@ from blockffn.inference.speculative.shaping import (
     EXPLORE,
     FIRST_LEARNT,
     LEARN,
-    MOST_ALIKE,
+    MOST_REST,
     PLAIN_TRY,
     CostAwareShaper,
     Prices,
     choose_nodes,
 )
-from blockffn.inference.speculative.tree import DraftTree, chain, no_tree
+from blockffn.inference.speculative.tree import DraftTree, chain
 from blockffn.inference.speculative.verify import Verdict
 from blockffn.inference.target import Step
 from tests.inference.speculative.stub_targets import BigramTarget, decode_losslessly
@@ -252,15 +252,15 @@ def test_where_nothing_pays_plain_rounds_come_in_rows_until_it_explores() -> Non
     play(shaper, draft_probability=0.1, rounds=200, verified=verified)
     shaper._credit = -2.0 * shaper._plain()
     play(shaper, draft_probability=0.1, rounds=PLAIN_TRY, verified=verified)
-    rows, unread = [], shaper._unread
+    rows, unread, plain = [], shaper._unread, shaper._plain()
     while routine := shaper.routine(Budget(nodes=6, depth=6)):
         assert routine.budget.nodes == 0
-        shaper.passed([Round(no_tree(), 0, 0.0, 0.003)] * routine.rounds)
+        shaper.rested([plain / 1000] * routine.rounds)
         rows.append(routine.rounds)
-    assert max(rows) == MOST_ALIKE
-    assert sum(rows) == pytest.approx(2 / 3 * 2 / EXPLORE, abs=4)  # credit for two rounds of 2 ms, in rounds of 3
+    assert max(rows) == MOST_REST
+    assert sum(rows) == pytest.approx(2 / EXPLORE, abs=4)  # credit for two rounds
     assert shaper._unread == unread + sum(rows)
-    assert shaper._plain() == pytest.approx(3.0)
+    assert shaper._plain() == pytest.approx(plain)
     assert shaper.budget(Budget(nodes=6, depth=6)).nodes == 6
 
 

@@ -39,7 +39,7 @@ class Routine:
 
 
 class Round(NamedTuple):
-    """One of a routine, as it was.
+    """One of a routine with drafts, as it was.
 
     Attributes:
         tree: that was verified, maybe an empty one. accepted: nodes of it.
@@ -60,7 +60,7 @@ class Shaper:
         """A text of so many tokens begins."""
 
     def routine(self, most: Budget) -> Routine | None:
-        """Rounds to come, whatever they bring, of which `passed` tells at their end; `None`: none are known.
+        """Rounds to come, whatever they bring, of which `passed` or `rested` tells at the end; `None`: none are known.
 
         Asking and telling in every round would take a good part of a small model's step.
 
@@ -71,6 +71,9 @@ class Shaper:
 
     def passed(self, rounds: Sequence[Round]) -> None:
         """Those of `routine`, or fewer where the text ended or nobody wants more."""
+
+    def rested(self, seconds: Sequence[float]) -> None:
+        """As `passed`, of rounds without drafts, what each took."""
 
     def budget(self, most: Budget) -> Budget:
         """What may be drafted in a round, of the most that is possible."""
@@ -206,31 +209,31 @@ def _rest(
 ) -> Iterator[list[int]]:
     """Rounds without drafts, fewer where the request ends; gives their tokens. What the reader does between them takes
     no part of their time."""
-    recorder, roots, states, rounds = request.recorder, list[int](), list[Tensor](), list[Round]()
+    recorder, extend, commit, last = request.recorder, target.extend, target.commit, routine.rounds - 1
+    roots, states, seconds, root = list[int](), list[Tensor](), list[float](), request.tokens[-1]
     try:
         while True:
-            roots.append(request.tokens[-1])
-            step = target.extend(roots[-1:])
-            target.commit([0])
-            seconds = recorder.lap("decode")
-            token = next_token(step, request, generator)
-            request.take([token])
-            seconds += recorder.lap("sampling")
+            roots.append(root)
+            step = extend([root])
+            commit([0])
+            spent = recorder.lap("decode")
+            root = next_token(step, request, generator)
+            request.take([root])
+            seconds.append(spent + recorder.lap("sampling"))
             recorder.add(step)
             states.append(step.hidden)
-            rounds.append(Round(no_tree(), 0, 0.0, seconds))
-            if len(rounds) == routine.rounds or request.finish_reason is not None:
+            if len(roots) > last or request.finish_reason is not None:
                 break
-            yield [token]
+            yield [root]
             recorder.start()
         speculation.drafter.observe(roots, torch.cat(states))
     finally:
-        if rounds:
-            speculation.shaper.passed(rounds)
+        if seconds:
+            speculation.shaper.rested(seconds)
             if recorder.speculation is not None:
-                recorder.speculation.count_plain(len(rounds))
+                recorder.speculation.count_plain(len(seconds))
     recorder.lap("sampling")
-    yield [token]
+    yield [root]
 
 
 def _draft(target: Target, speculation: Speculation, request: Request) -> DraftTree:

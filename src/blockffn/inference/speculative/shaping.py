@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from blockffn.inference.speculative.cost import CostModel, DraftingCost, union_and_pairs
-from blockffn.inference.speculative.decode import Round, Routine, Shaper
+from blockffn.inference.speculative.decode import MOST, Round, Routine, Shaper
 from blockffn.inference.speculative.drafting import STEPS, Drafted, WayOfDrafting, first_choices
 from blockffn.inference.speculative.estimates import (
     OUTLIER,
@@ -35,12 +35,15 @@ LEARN, FIRST_LEARNT = 0.01, 32  # of the time, what learning may take; rounds th
 # Of the limit from which nodes pay, a logarithm: how far a round moves it, where it lies if all of them pay; and what
 # counts as never accepted.
 LEAST_STEP, BEYOND, LEAST_REACH = 0.2, 0.5, 1e-6
-MOST_ALIKE = 32  # rounds of which nothing is asked
+MOST_ALIKE, MOST_REST = 32, 128  # rounds of which nothing is asked, with drafts and without
 TRY, TRY_STEPS = 12, 7  # rounds with drafts to see whether they pay, and the least steps of these
 PLAIN_EVERY = 256  # rounds with drafts, in rows, before plain ones are tried again
 # What learning takes of a round's time where rounds with drafts come in rows; as how many of the first rounds each of
 # them counts there.
 QUICK, MANY = 0.08, 8
+# Nodes that a round may draft which does not learn, as a multiple of those that paid lately, and how slowly these are
+# forgotten.
+ROOMY, KEPT = 2, 0.9
 HOPELESS = 0.25  # of the rate: what a node must promise per millisecond for growth to go on
 EXPLORE, MOST_CREDIT = 0.0125, 0.5  # of the time; of a round's
 FURTHER, WIDER = (1, 2, 4), 2  # steps more, in turn; times as many nodes
@@ -173,6 +176,8 @@ class CostAwareShaper(Shaper):
         self._unread, self._own = 0, 1  # tokens since the last proposal, and of the last round
         self._learns, self._patience = True, 0.0  # this round; milliseconds that learning may take
         self._to_learn, self._spent = FIRST_LEARNT, plain  # rounds that learn in any case; of the last that learnt
+        # Nodes that paid, and their levels: about the most of late.
+        self._kept, self._kept_depth = float(MOST.nodes), float(MOST.depth)
         self._least = 0.0  # log-probability of acceptance from which nodes pay
         self._learning = 0.0  # milliseconds that it took in the last round that learnt
         self._resting = PLAIN_TRY  # plain rounds to come, whatever seems to pay
@@ -208,31 +213,20 @@ class CostAwareShaper(Shaper):
         if self._credit > 0 or self._plain_rounds < PLAIN_TRY:
             return None
         self._taken = 0
-        return Routine(min(1 + int(-self._credit / max(EXPLORE * self._plain(), 1e-6)), MOST_ALIKE), NOTHING)
+        return Routine(min(1 + int(-self._credit / max(EXPLORE * self._plain(), 1e-6)), MOST_REST), NOTHING)
 
     def passed(self, rounds: Sequence[Round]) -> None:
-        """Learn from rounds of one kind together, which takes less time than one after the other."""
+        """Learn from chains together, which takes less time than from one after the other."""
         began = self._now()
-        if self._taken:
-            self._learn_chains(rounds)
-        else:
-            self._learn_plains(rounds)
+        self._learn_chains(rounds)
         self._patience -= self._now() - began
 
-    @property
-    def _is_quick(self) -> bool:
-        return self._learning > QUICK * self._spent
-
-    def _chains(self, most: Budget, steps: int, rounds: int) -> Routine:
-        self._taken = steps
-        return Routine(rounds, most._replace(least=STEPS[steps - 1], chain=True))
-
-    def _learn_plains(self, rounds: Sequence[Round]) -> None:
-        """From rounds without drafts. One that follows drafts is slow, see `COLD`."""
-        known, count = rounds if self._plain_rounds >= COLD else rounds[COLD:], len(rounds)
+    def rested(self, seconds: Sequence[float]) -> None:
+        """Learn what a plain round takes. One that follows drafts is slow, see `COLD`."""
+        known, count = seconds if self._plain_rounds >= COLD else seconds[COLD:], len(seconds)
         self._plain_rounds += count
         if self._clock is not None and known:
-            self._learn_plain(_mean_milliseconds([round_.seconds for round_ in known]), len(known))
+            self._learn_plain(_mean_milliseconds(known), len(known))
         self._forget(count)
         spent = self._plain()
         lost = 0.0
@@ -243,6 +237,14 @@ class CostAwareShaper(Shaper):
         self._spent, self._own = spent, 1
         self._unread += count
         self._earn(EXPLORE * spent * count - lost, count)
+
+    @property
+    def _is_quick(self) -> bool:
+        return self._learning > QUICK * self._spent
+
+    def _chains(self, most: Budget, steps: int, rounds: int) -> Routine:
+        self._taken = steps
+        return Routine(rounds, most._replace(least=STEPS[steps - 1], chain=True))
 
     def _learn_chains(self, rounds: Sequence[Round]) -> None:
         """From rounds that drafted chains. The first is slower where there was much to read: it does not count."""
@@ -289,7 +291,10 @@ class CostAwareShaper(Shaper):
             self._taken, self._lost = 0, max(self._plain() - 1 / self.rate, 0.0)
         if not self._taken:
             return NOTHING
-        return most._replace(least=STEPS[self._taken - 1], chain=self._way.chain)
+        nodes, depth = most.nodes, most.depth
+        if not self._learns:
+            nodes, depth = min(nodes, ROOMY * math.ceil(self._kept)), min(depth, math.ceil(self._kept_depth))
+        return Budget(nodes, depth, STEPS[self._taken - 1], self._way.chain)
 
     def shape(self, tree: DraftTree) -> DraftTree:
         """The part of the tree that pays, maybe nothing; more of it where this round explores."""
@@ -322,6 +327,8 @@ class CostAwareShaper(Shaper):
         self._lost = max(self._lost, 0.0)
         nodes = list(net)
         self._learn_least(reach, net)
+        self._kept = max(len(net), KEPT * self._kept, 1.0)
+        self._kept_depth = max(KEPT * self._kept_depth, 1.0, *(tree.depths[node] for node in net))
         if self._explores and not self._is_other:
             nodes = self._widen(tree, net, reach, brings, prices)
         if self._explores:
