@@ -30,6 +30,7 @@ from tests.models.conftest import ATTENTION, tiny_model
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
+in_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tests marked so run the kernels")
 PARENTS = torch.tensor([-1, -1, 0, 1, 2, 2])
 GREEDY = GenerationSettings(temperature=0.0, max_new_tokens=12)
 
@@ -74,6 +75,7 @@ def test_steps_with_gated_experts_equal_the_modules() -> None:
     run_both([ModelTarget(model), GraphTarget(model)])
 
 
+@in_interpreter
 @pytest.mark.parametrize("attention", sorted(ATTENTION))
 @pytest.mark.parametrize("method", ["blockffn", "dense"])
 def test_steps_of_kernels_equal_the_modules(attention: str, method: str) -> None:
@@ -82,6 +84,7 @@ def test_steps_of_kernels_equal_the_modules(attention: str, method: str) -> None
     run_both([ModelTarget(model), GraphTarget(model, backend="triton")], num_steps=3)
 
 
+@in_interpreter
 @pytest.mark.parametrize(
     "changes", [{}, {"expert_gated": True}, {"num_shared_experts": 1}, {"router_dtype": "float32"}]
 )
@@ -321,6 +324,7 @@ def test_greedy_text_ahead_is_that_of_the_modules(attention: str, method: str) -
     assert (actual.token_ids, actual.finish_reason) == (expected.token_ids, "eos")
 
 
+@in_interpreter
 def test_greedy_text_of_kernels_ahead_is_that_of_the_modules() -> None:
     pytest.importorskip("triton")
     model = tiny_model(num_hidden_layers=1)

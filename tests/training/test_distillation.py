@@ -99,7 +99,7 @@ def test_a_step_does_not_depend_on_micro_batches(tmp_path: Path, settings: Setti
     first: list[float] = []
     for micro in (8, 3):
         chosen = settings(steps=2, micro_batch_size=micro, teacher={"folder": str(teacher_folder), "share": 0.5})
-        train(chosen, tmp_path / f"run{micro}", progress=False)
+        train(chosen, tmp_path / f"run{micro}", device="cpu", progress=False)
         first.append(read_metrics(tmp_path / f"run{micro}")[-1]["loss"])
     assert first[0] == pytest.approx(first[1], rel=1e-4)
 

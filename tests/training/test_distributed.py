@@ -24,7 +24,8 @@ def train_on_two(settings: TrainSettings, out: Path) -> None:
     """Train in two processes, from the command line."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "blockffn"]
     command += ["train", *overrides(settings), "--out", str(out), "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    # Without the GPUs that there may be: fewer than two would do, and FSDP looks for one a process even on the CPU.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "CUDA_VISIBLE_DEVICES": ""}
     for attempt in (1, 2):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         if done.returncode == 0:

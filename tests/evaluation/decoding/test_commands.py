@@ -193,9 +193,9 @@ def test_advise_measures_and_says_what_to_use(models: Path, tmp_path: Path) -> N
 def test_weights_that_keep_their_format_are_measured_once_and_counted_as_they_are(models: Path, tmp_path: Path) -> None:
     run("convert", models / "moe", "--quantize", "int4", "--lm-head", "int4", "--out", tmp_path / "packed")
     out = tmp_path / "advice.json"
-    run("advise", models / "moe", "-n", "4", "--json", out)
+    run("advise", models / "moe", "-n", "4", "--device", "cpu", "--json", out)
     plain = json.loads(out.read_text())["targets"]
-    printed = run("advise", tmp_path / "packed", "-n", "4", "--json", out)
+    printed = run("advise", tmp_path / "packed", "-n", "4", "--device", "cpu", "--json", out)
     packed = json.loads(out.read_text())["targets"]
     assert [target["precision"] for target in plain] == ["auto", "int8", "int4"]
     assert [target["precision"] for target in packed] == ["auto"]

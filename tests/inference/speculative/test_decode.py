@@ -15,6 +15,7 @@ from blockffn.inference.decode import Generation, GenerationSettings, Request, g
 from blockffn.inference.sampling import probabilities
 from blockffn.inference.speculative.decode import (
     UNSHAPED,
+    Round,
     Routine,
     Shaper,
     Speculation,
@@ -396,6 +397,51 @@ def test_a_rest_that_nobody_reads_to_its_end_is_told_without_the_time_of_its_rea
     assert first + second + third == generate(bigram, PROMPT, greedy(3)).token_ids
     assert request.recorder.speculation is not None
     assert request.recorder.speculation.verifications == 2
+
+
+class RowsShaper(RestingShaper):
+    """Rows of two rounds with chains of up to three, after each row of plain ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounds: list[Round] = []
+
+    def routine(self, most: Budget) -> Routine | None:
+        return super().routine(most) or Routine(2, Budget(nodes=3, depth=3, chain=True))
+
+    def budget(self, most: Budget) -> Budget:
+        raise AssertionError("nothing is asked between the rounds of a routine")
+
+    def passed(self, rounds: Sequence[Round]) -> None:
+        assert all(0 <= round_.draft_seconds < round_.seconds < 1 for round_ in rounds)
+        self.rounds += rounds
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rounds_in_a_row_with_drafts_change_nothing(bigram: BigramTarget, temperature: float) -> None:
+    settings = replace(greedy(23), temperature=temperature, seed=4)
+    text = generate(bigram, PROMPT, settings).token_ids
+    drafter, shaper = ListeningDrafter(PROMPT + text, bigram.vocab_size, wrong_every=0, length=5), RowsShaper()
+    decoded = speculate(bigram, drafter, settings, shaper=shaper)
+    assert decoded.token_ids == text
+    # A first token, three plain ones, two rounds of four; then the same, but the text leaves room for fewer drafts.
+    assert shaper.rests == [3, 3]
+    assert [(len(round_.tree), round_.accepted) for round_ in shaper.rounds] == [(3, 3), (3, 3), (3, 3), (3, 3)]
+    assert (counts(decoded).verifications, counts(decoded).nodes) == (6 + 4, 12)
+    assert drafter.told == PROMPT + text[:-1]
+    short = RowsShaper()
+    assert speculate(bigram, drafter, replace(settings, max_new_tokens=7), shaper=short).token_ids == text[:7]
+    assert [len(round_.tree) for round_ in short.rounds] == [2]  # the target adds the last token
+
+
+def test_a_row_of_drafts_that_nobody_reads_to_its_end_is_told(bigram: BigramTarget) -> None:
+    text, shaper = generate(bigram, PROMPT, greedy(22)).token_ids, RowsShaper()
+    drafter = OracleDrafter(PROMPT + text, bigram.vocab_size, wrong_every=0, length=5)
+    blocks = speculate_in_blocks(bigram, Speculation(drafter, shaper), Request(PROMPT, greedy(22)))
+    read = [token for _ in range(5) for token in next(blocks)]
+    blocks.close()  # type: ignore[attr-defined]
+    assert read == text[: 4 + 4]
+    assert len(shaper.rounds) == 1
 
 
 def test_counts_of_several_texts_add_up(bigram: BigramTarget) -> None:
