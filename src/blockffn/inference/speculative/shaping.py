@@ -41,7 +41,7 @@ PLAIN_EVERY = 256  # rounds with drafts, in rows, before plain ones are tried ag
 # What learning takes of a round's time where rounds with drafts come in rows; as how many of the first rounds each of
 # them counts there.
 QUICK, MANY = 0.08, 8
-# Nodes that a round may draft there which does not learn, as a multiple of those that paid lately, and how slowly these are
+# Nodes that a round may draft there which does not learn, as a multiple of those that paid lately; how slowly these are
 # forgotten.
 ROOMY, KEPT = 2, 0.9
 HOPELESS = 0.25  # of the rate: what a node must promise per millisecond for growth to go on
