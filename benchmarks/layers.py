@@ -7,9 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from blockffn.ops.sparse_ffn import sparse_ffn
+from blockffn.reporting.chart import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, styled
+
+COLORS = {"bf16": BLUE, "int8": ORANGE, "int4": GREEN, "f32": MUTED}  # of weights in the plot
 
 
 @dataclass(frozen=True)
@@ -128,24 +133,43 @@ def print_rows(rows: list[Row], describe: Callable[[Row], str]) -> None:
         )
 
 
-def plot(rows: list[dict[str, Any]], path: str) -> None:
-    """A roofline: bytes of weights that a method reads against its time; the line is the bandwidth of memory."""
-    from matplotlib.figure import Figure
+@styled
+def roofline(rows: list[dict[str, Any]]) -> Figure:
+    """Bytes of weights that a method reads against its time; the line is the bandwidth of memory.
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    A marker is a kernel, a colour the format of its weights.
+    """
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
     bandwidths = sorted(row["bandwidth"] for row in rows)
     bandwidth = bandwidths[len(bandwidths) // 2]
     sizes = [row["bytes_read"] / 1e6 for row in rows]
     span = [min(sizes) * 0.8, max(sizes) * 1.25]
-    axes.plot(span, [size * 1e12 / bandwidth for size in span], color="black", lw=1)
-    label = f"memory: {bandwidth / 1e9:.0f} GB/s"
-    axes.annotate(label, (span[0], span[0] * 1e12 / bandwidth), (0, -12), textcoords="offset points", fontsize=8)
-    markers = "osD^vP*XhH<>pd"
-    for number, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
+    axes.plot(span, [size * 1e12 / bandwidth for size in span], color=INK, lw=1)
+    label = f"memory: {bandwidth / 1e9:,.0f} GB/s"
+    axes.annotate(
+        label, (span[1], span[1] * 1e12 / bandwidth), (0, -16), textcoords="offset points", ha="right", va="top"
+    )
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    kernels = list(dict.fromkeys(map(_kernel, methods)))
+    for name in methods:
         own = [row for row in rows if row["method"] == name]
         x, y = [row["bytes_read"] / 1e6 for row in own], [row["microseconds"] for row in own]
-        axes.plot(x, y, markers[number % len(markers)], label=name, markersize=5)
-    axes.set(xscale="log", yscale="log", xlabel="weights read (MB)", ylabel="time of a layer (µs)")
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+        marker = "osD^vP*X"[kernels.index(_kernel(name)) % 8]
+        axes.plot(x, y, marker, color=_color(name), alpha=0.8, label=name, markersize=5)
+    axes.set(xscale="log", yscale="log", xlabel="weights read, MB", ylabel="time of a layer, µs")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    shapes, counts = (list(dict.fromkeys(row[name] for row in rows)) for name in ("shape", "num_tokens"))
+    tokens = f"{', '.join(map(str, counts))} token{'s' if counts != [1] else ''} at once"
+    axes.set_title(f"Time of a sparse FFN layer: {', '.join(shapes)} shape{'s' * (len(shapes) > 1)}, {tokens}")
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def _kernel(method: str) -> str:
+    return " ".join(word for word in method.split() if word not in COLORS)
+
+
+def _color(method: str) -> str:
+    return next((COLORS[word] for word in method.split() if word in COLORS), PURPLE)

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layers import SHAPES, Row, plot, print_rows
+from layers import SHAPES, Row, print_rows, roofline
 
 RESERVE = 8  # seconds of the budget for the plot
 
@@ -158,7 +158,7 @@ def main() -> None:
         time_chunks(module, options, report, started + options.budget - RESERVE)
     report.write()
     if options.plot and "results" in report.data:
-        plot(report.data["results"], str(options.plot))
+        roofline(report.data["results"]).savefig(options.plot, dpi=150)
 
 
 if __name__ == "__main__":

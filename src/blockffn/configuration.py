@@ -6,6 +6,7 @@ A method is a value of `ffn_type` and `router_type`; everything else is shared. 
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -17,6 +18,7 @@ FFN_TYPES = ("moe", "dense")
 ROUTER_TYPES = ("relu_rmsnorm", "relu", "relu_scaled", "topk", "sparsemixer")
 TOP_K_ROUTER_TYPES = ("topk", "sparsemixer")
 ROUTER_DTYPES = ("model", "float32")
+MISSPELT = 0.85  # so alike are the names of a field and its misspelling
 EXPERT_ACTIVATIONS = ("silu", "norm_silu")
 
 
@@ -109,6 +111,9 @@ class BlockFFNConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in kwargs:  # fields of no name known here; Hugging Face keeps them, whatever they are
+            if meant := get_close_matches(name, type(self).__annotations__, 1, MISSPELT):
+                raise ValueError(f"unknown field {name!r}; did you mean {meant[0]!r}?")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.attention_type == "mla":

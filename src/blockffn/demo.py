@@ -48,6 +48,10 @@ def run_demo(
     for key in ("size", "method"):
         if key in (changes or {}):
             raise ValueError(f"the demo decides {key} itself; to choose it, use blockffn train")
+    base = {"data": {"folders": {str(out / "data"): 1.0}}, "max_seconds": MAX_TRAINING_SECONDS}
+    methods = ["blockffn", "dense"] if with_dense else ["blockffn"]
+    # Before an earlier demo is removed: a misspelt setting must not cost it.
+    chosen = {method: train_settings("nano", method, merge(base, changes or {})) for method in methods}
     _make_room(out)
     if (out / "data" / "manifest.json").is_file():
         say("reading the text prepared by an earlier demo")
@@ -57,12 +61,9 @@ def run_demo(
     split = load_manifest(out / "data").splits["train"]
     say(f"{counted(split.tokens, 'token')} of training text, {split.bytes / 1e6:.1f} MB")
 
-    methods = ["blockffn", "dense"] if with_dense else ["blockffn"]
     summary: dict[str, Any] = {}
-    base = {"data": {"folders": {str(out / "data"): 1.0}}, "max_seconds": MAX_TRAINING_SECONDS}
-    for method in methods:
+    for method, settings in chosen.items():
         run = out / method
-        settings = train_settings("nano", method, merge(base, changes or {}))
         if method == "dense":  # the same tokens, however many the time sufficed for
             settings = replace(settings, steps=summary["steps"], max_seconds=None)
         say(

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from blockffn.ops import native
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from layers import SHAPES, Chunk, Shape, routing_weights  # noqa: E402  (a script's neighbour, not a package)
+from layers import SHAPES, Chunk, Shape, roofline, routing_weights  # noqa: E402  (a script's neighbour, not a package)
 
 
 @pytest.mark.parametrize("chunk", [Chunk(1, 0.15, 0.15), Chunk(8, 0.15, 0.3), Chunk(32, 0.15, 0.35), Chunk(2, 0.5, 1)])
@@ -80,6 +81,20 @@ def test_the_chunks_on_a_gpu_cover_the_table_of_where_auto_pays() -> None:
     for shape in (SHAPES["2048x64"], SHAPES["2.8B"]):
         for chunk in on_cuda.chunks():
             assert abs(chunk.counts(shape)[1] / shape.num_experts - chunk.union_share) < 0.02, chunk
+
+
+def test_in_the_plot_a_kernel_has_a_marker_and_a_format_a_colour() -> None:
+    names = ["cpu bf16 step", "cpu int4 step", "cpu bf16 packed", "torch dense bf16"]
+    rows = [{"shape": "0.1B", "num_tokens": 8, "method": name, "bytes_read": 1e6 * i, "microseconds": 30.0 * i,
+             "bandwidth": 48e9} for i, name in enumerate(names, start=1)]  # fmt: skip
+    figure = roofline(rows)
+    step, int4, packed, dense = figure.axes[0].lines[1:]
+    assert step.get_marker() == int4.get_marker() != packed.get_marker() != dense.get_marker()
+    assert step.get_color() == packed.get_color() == dense.get_color() != int4.get_color()
+    assert figure.axes[0].get_title(loc="left") == "Time of a sparse FFN layer: 0.1B shape, 8 tokens at once"
+    FigureCanvasAgg(figure).draw()
+    [legend] = figure.legends
+    assert not legend.get_window_extent().overlaps(figure.axes[0].get_window_extent())
 
 
 @pytest.mark.slow

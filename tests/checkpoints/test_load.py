@@ -96,6 +96,15 @@ def test_views_and_shared_values_of_a_torch_file_are_read_right(tmp_path: Path) 
     assert all(torch.equal(found[name].read(), value) for name, value in content.items())
 
 
+def test_a_misspelt_field_is_refused_and_what_it_means_is_said(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"rms_norm_eps"', '"rms_norm_esp"'))
+    with pytest.raises(files.CheckpointError, match="unknown field 'rms_norm_esp'; did you mean 'rms_norm_eps'"):
+        blockffn.load(tmp_path)
+    assert blockffn.BlockFFNConfig(torch_dtype="float32", num_labels=2, auto_map={}).num_labels == 2  # Hugging Face's own
+
+
 def test_a_wrong_dtype_is_refused(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="dtype must be"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from blockffn.cli import main
+from blockffn.settings import save_yaml
+from blockffn.training.config import train_settings
 
 
 def blockffn(*arguments: str, cwd: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -72,6 +75,16 @@ def test_every_verb_has_help(verb: str) -> None:
     (["threshold", "nowhere", "--plot", "curve.gif"], "must end in .png or .svg"),
     (["report", "nowhere"], "nowhere"),
     (["prepare", "nowhere.txt", "--out", "x"], "nowhere.txt"),
+    (["prepare", __file__, "--out", f"{__file__}/x"], f"{__file__} is there already and is no folder; choose another"),
+    (["advise", "nowhere", "--text", "."], ". is a folder; name a file"),
+    (["advise", "nowhere", "--text", f"{__file__}/x"], "a part of its path is a file, not a folder; check the path"),
+    (["generate", "nowhere", "--json", "."], "--json . is a folder; name a file"),
+    (["generate", "nowhere", "--json", f"{__file__}/x"], f"--json {__file__}/x cannot be written (file exists)"),
+    (["generate", "nowhere", "--json", "x" * 300], "cannot be written (file name too long); name another file"),
+    (["threshold", "nowhere", "--plot", f"{__file__}/x.png"], "x.png cannot be written (file exists)"),
+    (["analyze", "nowhere", "--figures", __file__], f"--figures {__file__} cannot be made a folder (file exists)"),
+    (["write", "nowhere", "--data", "x", "--out", "."], "--out . is a folder; name a file"),
+    (["convert", "nowhere", "--out", "x", "--max-shard-size", "big"], "--max-shard-size big is no size"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_no_traceback(
     tmp_path: Path,
@@ -101,6 +114,51 @@ def test_an_empty_corpus_and_a_binary_file_are_refused(tmp_path: Path) -> None:
         assert name in done.stderr
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+def mistake(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The error of a command that a user got wrong."""
+    monkeypatch.setattr(sys, "argv", ["blockffn", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    return capfd.readouterr().err
+
+
+def test_a_prompt_that_cannot_be_read_is_named(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input, which is closed" in mistake(monkeypatch, capfd, "generate", "nowhere", "--prompt", "-")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert "not UTF-8 text" in mistake(monkeypatch, capfd, "generate", "nowhere", "--prompt", "-")
+
+
+def test_a_misspelt_setting_does_not_cost_an_earlier_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "blockffn").mkdir()
+    for name in ("demo.json", "blockffn/report.html"):
+        (tmp_path / name).write_text("{}")
+    assert "did you mean 'steps'?" in mistake(monkeypatch, capfd, "demo", "--out", str(tmp_path), "stpes=3")
+    assert (tmp_path / "blockffn" / "report.html").exists()
+
+
+def test_a_run_resumed_from_elsewhere_says_which_folder_it_misses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_yaml(train_settings("nano", "blockffn", {"data": {"folders": {"books": 1.0}}}), tmp_path / "config.yaml")
+    monkeypatch.chdir(tmp_path)
+    message = mistake(monkeypatch, capfd, "train", "--resume", "--out", str(tmp_path))
+    assert f"{tmp_path} was trained on books, and there is no such folder from here" in message
+
+
+def test_a_report_where_a_file_lies_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("steps: 3\n")
+    message = mistake(monkeypatch, capfd, "report", str(tmp_path), "--out", __file__)
+    assert f"--out {__file__} cannot be made a folder (file exists)" in message
 
 
 def test_presets_as_data(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -12,7 +14,7 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from blockffn import cli
-from blockffn.cli.output import doing, print_next, print_table, print_text
+from blockffn.cli.output import check_file, doing, print_next, print_table, print_text
 from blockffn.cli.train_draft import acceptance_table
 
 WORDS = "words and numbers [1] of a line that no terminal of this width holds " * 3
@@ -98,3 +100,18 @@ def test_paragraphs_of_help_fill_the_terminal(command: list[str]) -> None:
     for line, following in pairwise(lines):
         if line and following:
             assert len(f" {line} {following.split()[0]}") > 79, line
+
+
+def test_checking_a_file_to_write_leaves_things_as_they_are(tmp_path: Path) -> None:
+    there, new = tmp_path / "there.json", tmp_path / "folder" / "new.json"
+    there.write_text("results")
+    for path in (there, new, None):
+        check_file("--json", path)
+    assert there.read_text() == "results"
+    assert new.parent.is_dir()
+    assert not new.exists()
+
+
+def test_checking_a_pipe_does_not_wait_for_its_reader(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    check_file("--json", tmp_path / "pipe")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from blockffn.cli import main
 from blockffn.data.prepare import prepare
 from blockffn.evaluation.formats import format_errors, stored_weights
 from blockffn.evaluation.run import evaluate_run, load_run
 from blockffn.evaluation.threshold import threshold_curve
 from blockffn.models.causal_lm import BlockFFNForCausalLM
 from blockffn.reporting.threshold import threshold_curve as draw
+from blockffn.settings import save_yaml
+from blockffn.training.config import train_settings
 from tests.models.conftest import tiny_model
 
 
@@ -126,3 +132,39 @@ def test_errors_grow_as_bits_shrink(model: BlockFFNForCausalLM) -> None:
     errors = [row.output_error for row in rows]
     assert errors == sorted(errors)
     assert errors[0] < 1e-5 < errors[1] < 0.01 < errors[3] < 0.5
+
+
+def test_a_run_scored_from_elsewhere_says_which_folder_it_misses(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder / "model", tmp_path / "run" / "model")
+    settings = train_settings("nano", "blockffn", {"data": {"folders": {"books": 1.0}}})
+    save_yaml(settings, tmp_path / "run" / "config.yaml")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="run was trained on books, and there is no such folder from here"):
+        evaluate_run(Path("run"), device="cpu")
+
+
+def test_text_of_another_tokenizer_is_not_written_from(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.txt").write_text("Quite another text, of other words. " * 400)
+    prepare([str(tmp_path / "other.txt")], tmp_path / "data", vocab_size=280)
+    options = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "own.jsonl"), "-n", "2", "--documents", "2"]
+    monkeypatch.setattr(sys, "argv", ["blockffn", "write", str(folder / "model"), *options])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert "prepared with another tokenizer" in capfd.readouterr().err
+
+
+def test_labels_of_close_thresholds_do_not_cover_each_other() -> None:
+    figure = draw(
+        [5.5998, 5.5998, 5.6, 5.6005, 5.6036], thresholds=[0, 0.05, 0.1, 0.2, 0.4],
+        bytes_read=[441.0, 428.0, 415.0, 391.0, 346.0], microseconds=[13.2, 13.0, 12.8, 12.7, 12.5],
+        sparsity=[57.9, 98.6, 60.4, 62.7, 96.0],
+    )  # fmt: skip
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))

@@ -89,3 +89,8 @@ def test_bytes_per_token_are_those_of_the_weights_that_the_target_reads(engine: 
     whole = Engine(engine.model, engine.tokenizer, target=ModelTarget(engine.model)).generate("many", **asked)
     assert own.token_ids == whole.token_ids
     assert own.statistics.weight_bytes_per_token == pytest.approx(whole.statistics.weight_bytes_per_token / 4)
+
+
+def test_a_prompt_that_is_no_text_is_refused(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="not UTF-8 text behind 'many caf'"):
+        engine.stream("many caf\udce9 words", max_new_tokens=4)

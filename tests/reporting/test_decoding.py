@@ -39,3 +39,15 @@ def test_several_kinds_have_bars_of_their_own_for_every_way() -> None:
 
 def test_without_simulation_nothing_is_called_simulated() -> None:
     assert "simulated" not in decoding_rates(report(simulated=False)).axes[0].get_title(loc="left")
+
+
+def test_a_way_has_one_colour_in_both_parts_and_both_name_their_unit() -> None:
+    whole, by_kind = decoding_rates(report(simulated=False, kinds=("qa", "rag"))).axes
+    assert [bar.get_facecolor() for bar in by_kind.patches[:3]] == [bar.get_facecolor() for bar in whole.patches]
+    assert all("tokens per second" in axes.get_xlabel() for axes in (whole, by_kind))
+
+
+def test_thousands_of_tokens_have_no_decimals() -> None:
+    fast = report(simulated=False)
+    fast["results"][0]["rates"][-1]["tokens_per_second"] = 5302.83
+    assert decoding_rates(fast).axes[0].texts[0].get_text() == "5,303  1.00×"

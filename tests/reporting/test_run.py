@@ -123,3 +123,11 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 def test_a_folder_without_any_of_the_files_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a run folder"):
         load_run(tmp_path)
+
+
+def test_a_log_that_ends_before_the_planned_steps_is_remarked(tmp_path: Path) -> None:
+    folder = log_of(tmp_path / "run", row(10), row(73))
+    (folder / "config.yaml").write_text("size: nano\nsteps: 900\n")
+    assert load_run(folder).notes == ("Training is logged up to step 73 of 900 that were planned.",)
+    (folder / "config.yaml").write_text("size: nano\nsteps: 73\n")
+    assert load_run(folder).notes == ()

@@ -84,12 +84,28 @@ def _explain(error: Exception) -> int:
     from blockffn.errors import UserFacingError
 
     if isinstance(error, (ValueError, OSError, UserFacingError)):
-        text = str(error)
-        if isinstance(error, FileNotFoundError) and error.filename is not None:
-            text = f"there is no {error.filename}; check the path"
+        text = _of_the_system(error) if isinstance(error, OSError) else str(error)
         print(_fitting(f"error: {' '.join(text.split())}"), file=sys.stderr)
         return 2
     raise error
+
+
+def _of_the_system(error: OSError) -> str:
+    """Which path the operating system refused, and what to do about it."""
+    path, other = error.filename, error.filename2
+    if path is None:
+        return str(error) if error.strerror is None else error.strerror.lower()
+    if isinstance(error, FileNotFoundError):
+        return f"there is no {path}; check the path"
+    if isinstance(error, FileExistsError):
+        return f"{path} is there already and is no folder; choose another path"
+    if isinstance(error, NotADirectoryError):
+        return f"{path} cannot be there: a part of its path is a file, not a folder; check the path"
+    if isinstance(error, IsADirectoryError):
+        return f"{other or path} is a folder; name a file"
+    if isinstance(error, PermissionError):
+        return f"{path}: permission denied; choose another path, or change who may use this one"
+    return f"{path}: {(error.strerror or str(error)).lower()}"
 
 
 def _fitting(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from blockffn.cli.output import check_json, write_json
+from blockffn.cli.output import check_folder, check_json, write_json
 
 
 def register(app: typer.Typer) -> None:
@@ -43,6 +43,7 @@ def analyze(
     from blockffn.reporting.evidence import evidence_document, section_table
 
     check_json(json_path)
+    check_folder("--figures", figures)
     model, tokenizer = load_run(path, device=device)
     batches, _ = heldout_batches(
         path,

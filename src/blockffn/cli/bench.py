@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from blockffn.cli.output import check_json, print_table, print_text, table_console, write_json
+from blockffn.cli.output import check_json, check_plot, print_table, print_text, table_console, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -85,8 +85,7 @@ def decode(
     Example: blockffn bench decode runs/mini --dense runs/mini-dense --draft ngram --per-task 1
     """
     check_json(json_path)
-    if plot_path is not None and plot_path.suffix not in (".png", ".svg"):
-        raise ValueError(f"--plot {plot_path} must end in .png or .svg")
+    check_plot(plot_path)
     if text_only and text is None:
         raise ValueError("--text-only needs a --text to continue")
 
@@ -111,7 +110,6 @@ def decode(
     if plot_path is not None:
         from blockffn.reporting.decoding import decoding_rates
 
-        plot_path.parent.mkdir(parents=True, exist_ok=True)
         decoding_rates(report.to_dict()).savefig(plot_path, dpi=150)
         console.print(f"written to {plot_path}", style="dim", soft_wrap=True)
 

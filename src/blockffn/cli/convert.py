@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -71,6 +72,8 @@ def convert(
     from blockffn.checkpoints.tokenizer import has_tokenizer
 
     check_json(json_path)
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size.upper()):
+        raise ValueError(f"--max-shard-size {max_shard_size} is no size; write one like 15MB or 5GB")
     parts = {"ffn": ffn, "attention": attention, "embeddings": embeddings, "lm_head": lm_head}
     chosen = {part: None if value == "keep" else value for part, value in parts.items() if value is not None}
     if quantize is None and chosen:

@@ -118,7 +118,7 @@ def generate(
             "otherwise the whole head is read"
         )
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False, markup=False)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     draft = None if speculative is None else resolve_draft(path, speculative)
     if draft is not None:
         check_draft(draft)
@@ -165,6 +165,16 @@ def generate(
     if completion.checked:
         same = counted(len(completion.token_ids), "token")
         print_text(errors, f"lossless: plain decoding gives the same {same}", style="dim")
+
+
+def _standard_input() -> str:
+    """All of it. Raises `ValueError` where it is closed or no text."""
+    if sys.stdin is None:
+        raise ValueError("--prompt - reads standard input, which is closed; give the text itself, or a pipe")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text ({error}); convert it first") from error
 
 
 def _lines(statistics: GenerationStatistics) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,53 @@ WIDE = 120
 
 
 def check_json(path: Path | None) -> None:
-    """Make the folder of a `--json` file, so that a wrong path fails before anything is computed."""
+    """`check_file` of `--json`."""
+    check_file("--json", path)
+
+
+def check_plot(path: Path | None) -> None:
+    """`check_file` of `--plot`, which also says by its name what is drawn."""
+    if path is not None and path.suffix not in (".png", ".svg"):
+        raise ValueError(f"--plot {path} must end in .png or .svg")
+    check_file("--plot", path)
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Make the folder of a file to write and open the file, so that a wrong path fails before anything is computed.
+
+    Raises:
+        ValueError: it cannot be written. What a file holds stays, and one that was not there is not left behind.
+    """
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise ValueError(f"--json {path} is a folder; name a file")
+    if os.path.isdir(path):
+        raise ValueError(f"{option} {path} is a folder; name a file")
+    new = not os.path.exists(path)
+    if not new and not os.path.isfile(path):  # a pipe, which would wait for its reader
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(f"{option} {path} cannot be written ({reason}); name another file") from error
+    if new:
+        path.unlink(missing_ok=True)  # another process of the same training may have been faster
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Make a folder to write into, so that a wrong path fails before anything is computed.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    if path is None:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(f"{option} {path} cannot be made a folder ({reason}); name another") from error
 
 
 def write_json(path: Path | None, values: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from blockffn.cli.output import check_folder
+
 
 def register(app: typer.Typer) -> None:
     app.command("report")(report)
@@ -23,6 +25,10 @@ def report(
     Run blockffn evaluate first; what is missing is said on the page. Reads files only, so it is quick.
     """
     from blockffn.reporting import write_report
+    from blockffn.reporting.run import load_run
+
+    load_run(run)  # what is no run makes no folder
+    check_folder("--out", out)
 
     page = write_report(run, twin=twin, out=out, title=title)
     print(f"report: {page}\nfigures: {page.parent / 'figures'}")

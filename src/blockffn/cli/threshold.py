@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from blockffn.cli.output import check_json, write_json
+from blockffn.cli.output import check_json, check_plot, write_json
 
 
 def register(app: typer.Typer) -> None:
@@ -39,8 +39,7 @@ def threshold(
     from rich.table import Table
 
     check_json(json_path)
-    if plot_path is not None and plot_path.suffix not in (".png", ".svg"):
-        raise ValueError(f"--plot {plot_path} must end in .png or .svg")
+    check_plot(plot_path)
     values = _numbers(thresholds)
 
     from blockffn.evaluation.threshold import curve_to_dict, threshold_curve
@@ -63,7 +62,6 @@ def threshold(
     if plot_path is not None:
         from blockffn.reporting.threshold import threshold_curve as draw
 
-        plot_path.parent.mkdir(parents=True, exist_ok=True)
         draw(
             [p.heldout_loss for p in points],
             thresholds=[p.threshold for p in points],

@@ -75,6 +75,12 @@ def train(
             raise ValueError(f"{out} holds no run (no config.yaml); start one without --resume")
         settings = load_yaml(TrainSettings, out / "config.yaml")
         settings = changed_settings(to_dict(settings), changes)
+        for folder in settings.data.folders:
+            if not Path(folder).is_dir():
+                raise ValueError(
+                    f"{out} was trained on {folder}, and there is no such folder from here; change to the folder where "
+                    "its training began"
+                )
     else:
         if data:
             changes = merge({"data": {"folders": folder_weights(data)}}, changes)

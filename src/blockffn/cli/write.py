@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from blockffn.cli.output import print_next
+from blockffn.cli.output import check_file, print_next
 from blockffn.wording import counted, counting_bar
 
 
@@ -42,20 +42,22 @@ def write(
 
     from blockffn.evaluation.run import load_run
     from blockffn.evaluation.writing import openings_of, write_documents
+    from blockffn.sparsify.passages import check_tokenizer
 
     if precision not in (None, "float32", "bfloat16"):
         raise ValueError(f"--precision {precision} is neither float32 nor bfloat16")
+    check_file("--out", out)
     console = Console()
     model, tokenizer = load_run(path, device=device)
     half = precision == "bfloat16" or (precision is None and model.device.type == "cuda")
     model.to(dtype=torch.bfloat16 if half else torch.float32)  # type: ignore[call-arg]
+    check_tokenizer(data, tokenizer)
     openings = openings_of(data, count=documents, length=opening_tokens)
     texts = write_documents(
         model, tokenizer, openings, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
         top_p=top_p, seed=seed,
     )  # fmt: skip
     torn = out.with_name(out.name + ".partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
     with torn.open("w", encoding="utf-8") as file:
         for text in tqdm(
             texts, desc="writing", total=documents, bar_format=counting_bar("documents"), leave=False,

@@ -83,7 +83,13 @@ def heldout_batches(
 
         settings = load_yaml(TrainSettings, path / "config.yaml").data
         align = settings.align
-        data = data or Path(next(iter(settings.folders)))
+        if data is None:
+            data = Path(next(iter(settings.folders)))
+            if not data.is_dir():
+                raise ValueError(
+                    f"{path} was trained on {data}, and there is no such folder from here; change to the folder where "
+                    "its training began, or say what text to score: --data FOLDER"
+                )
         sequence_length = sequence_length or settings.sequence_length
     if data is None:
         raise ValueError(f"{path} is not a run, so say what text to score: --data FOLDER (made by blockffn prepare)")

@@ -171,7 +171,17 @@ class Engine:
         return [self.complete(*parts) for parts in zip(prompts, [w.text for w in writers], ids, generations)]
 
     def encode(self, prompt: str) -> list[int]:
-        """Tokens of a prompt, behind the beginning-of-sequence token if the tokenizer has one."""
+        """Tokens of a prompt, behind the beginning-of-sequence token if the tokenizer has one.
+
+        Raises:
+            ValueError: there are no tokens, or the prompt holds what is no text: Python reads bytes that are not UTF-8
+                as lone surrogates, from a command line and from a pipe.
+        """
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            before = ascii(prompt[max(0, error.start - 20) : error.start])
+            raise ValueError(f"the prompt is not UTF-8 text behind {before}; convert it to UTF-8 first") from error
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         ids = bos + self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if not ids:

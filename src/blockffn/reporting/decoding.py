@@ -31,7 +31,7 @@ def _ways(axes: Axes, report: Mapping[str, Any]) -> None:
     rates = [result["rates"][-1] for result in results]
     places = range(len(results))[::-1]
     for place, result, rate in zip(places, results, rates):
-        axes.barh(place, rate["tokens_per_second"], 0.62, color=_color(result["way"]), alpha=0.85)
+        axes.barh(place, rate["tokens_per_second"], 0.62, color=_color(result["way"]), alpha=_strength(result["way"]))
         kinds = [one["tokens_per_second"] for one in result["rates"][:-1]]
         axes.plot(kinds, [place] * len(kinds), "o", color=INK, markersize=2.5, alpha=0.7)
         end = max([rate["tokens_per_second"], *kinds])
@@ -56,7 +56,7 @@ def _kinds(axes: Axes, results: Sequence[Mapping[str, Any]], kinds: Sequence[str
             axes.barh(
                 at, rate["tokens_per_second"], 0.85 * step, color=_color(result["way"]), alpha=_strength(result["way"])
             )
-            text = f" {rate['tokens_per_second']:.1f}"
+            text = f" {_speed(rate['tokens_per_second'])}"
             if (rate["acceptance_length"] or 1) > 1:
                 text += f"  {rate['acceptance_length']:.1f} a step"
             axes.text(rate["tokens_per_second"], at, text, va="center", color=MUTED, fontsize=5.5)
@@ -65,16 +65,22 @@ def _kinds(axes: Axes, results: Sequence[Mapping[str, Any]], kinds: Sequence[str
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x")
     axes.set_xlim(0, 1.5 * max(rate["tokens_per_second"] for result in results for rate in result["rates"]))
+    axes.set_xlabel("new tokens per second")
     axes.set_title("By kind of prompt, in the order of the ways above")
 
 
 def _label(rate: Mapping[str, Any]) -> str:
-    text = f"{rate['tokens_per_second']:.1f}"
+    text = _speed(rate["tokens_per_second"])
     if rate["ratio"] is not None:
         text += f"  {rate['ratio']:.2f}×"
     if (rate["acceptance_length"] or 1) > 1:
         text += f"  {rate['acceptance_length']:.1f} a step"
     return text
+
+
+def _speed(rate: float) -> str:
+    """As many digits as a timing has."""
+    return f"{rate:,.0f}" if rate >= 1000 else f"{rate:.1f}"
 
 
 def _strength(way: str) -> float:

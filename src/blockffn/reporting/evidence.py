@@ -121,7 +121,7 @@ def _by_class(findings: Mapping[str, Any]) -> tuple[list[str], list[list[Any]], 
     rows = [[row["class"], row["active_share"], row["tokens"], row["items"]] for row in findings["classes"]]
     shares = {row["class"]: (row["active_share"], row["tokens"]) for row in findings["classes"]}
     mean = 100 - findings["tls"]
-    note = f"Mean over layers; all tokens together activate {mean:.1f} % of the experts."
+    note = f"Mean over layers; the mean over all tokens is {mean:.1f} %."
     drawing = ("experts-by-token-class", lambda: evidence_figures.classes(shares, mean))
     return ["Kind of token", "Active experts, %", "Tokens", "Vocabulary items"], rows, drawing, note
 

@@ -15,8 +15,9 @@ has null or absent sparsity fields. Every file is optional, a folder with none o
 from __future__ import annotations
 
 import json
+import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,16 +114,25 @@ def load_run(path: Path) -> Run:
         raise ValueError(f"{path} is not a run folder: it holds none of {', '.join(FILES)}")
     metrics, notes = _read_metrics(path / "metrics.jsonl")
     evaluation, sample = _read_object(path / "evaluation.json"), _read_object(path / "sample.json")
-    config = path / "config.yaml"
+    file = path / "config.yaml"
+    config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
     return Run(
         name=path.resolve().name,
-        config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+        config=config,
         metrics=metrics,
         evaluation=None if evaluation is None else _evaluation(evaluation, "evaluation.json"),
         sample=None if sample is None else _sample(sample, "sample.json"),
         summary=_read_object(path / "summary.json"),
-        notes=notes,
+        notes=notes + _early_end(config, metrics),
     )
+
+
+def _early_end(config: str | None, metrics: Sequence[Mapping[str, Any]] | None) -> tuple[str, ...]:
+    """A remark if the log ends before the steps that were planned: for want of time, stopped, or still running."""
+    planned = re.search(r"^steps: (\d+)$", config or "", re.MULTILINE)
+    if planned is None or not metrics or metrics[-1]["step"] >= int(planned[1]):
+        return ()
+    return (f"Training is logged up to step {metrics[-1]['step']:,} of {int(planned[1]):,} that were planned.",)
 
 
 def _read_metrics(path: Path) -> tuple[list[dict[str, Any]] | None, tuple[str, ...]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -28,18 +30,25 @@ def threshold_curve(
     read = [100 * value / bytes_read[0] if bytes_read[0] else 0.0 for value in bytes_read]
     quality.plot(read, losses, "o-", color=BLUE, markersize=4)
     low, high = min(losses), max(losses)
-    for x, y, threshold in zip(read, losses, thresholds):
-        quality.annotate(f"{threshold:g}", (x, y), (0, 7), textcoords="offset points", color=GREY, ha="center")
-    quality.set_ylim(low - 0.1 * (high - low or 1), high + 0.15 * (high - low or 1))
+    near, above, labelled = 0.1 * (max(read) - min(read)), True, math.inf
+    for x, y, threshold in zip(read, losses, thresholds):  # left above the rising curve, or right below a close one
+        above = labelled - x > near or not above
+        place: Any = {"ha": "right", "va": "bottom"} if above else {"ha": "left", "va": "top"}
+        shift = (-1, 4) if above else (1, -4)
+        quality.annotate(f"{threshold:g}", (x, y), shift, textcoords="offset points", color=GREY, **place)
+        labelled = x
+    quality.margins(x=0.1)
+    quality.set_ylim(low - 0.15 * (high - low or 1), high + 0.15 * (high - low or 1))
     quality.invert_xaxis()
-    quality.set_title("Held-out loss; the numbers are thresholds")
+    quality.set_title("Held-out loss, nats per token; numbers: thresholds")
     quality.set_xlabel("expert weights read per token, % of threshold 0")
     places = range(len(thresholds))  # evenly spaced: thresholds are chosen by factors
     times = [100 * value / microseconds[0] for value in microseconds]
-    for name, values, color in (("time", times, ORANGE), ("bytes", read, BLUE), ("TLS", list(sparsity), GREEN)):
+    lines = (("time", times, ORANGE), ("bytes", read, BLUE), ("TLS", list(sparsity), GREEN))
+    for _, values, color in lines:
         speed.plot(places, values, "o-", color=color, markersize=4)
-        speed.annotate(name, (places[-1], values[-1]), (6, 0), textcoords="offset points", color=color, va="center")
     speed.set_ylim(0, max(102.0, *times))
+    chart.end_labels(speed, [(values[-1], name, color) for name, values, color in lines])
     speed.set_xticks(list(places), [f"{threshold:g}" for threshold in thresholds])
     speed.set_title("FFN time and bytes, % of threshold 0; TLS, %")
     speed.set_xlabel("threshold on routing weights")
