@@ -102,7 +102,8 @@ def test_a_misspelt_field_is_refused_and_what_it_means_is_said(tmp_path: Path) -
     file.write_text(file.read_text().replace('"rms_norm_eps"', '"rms_norm_esp"'))
     with pytest.raises(files.CheckpointError, match="unknown field 'rms_norm_esp'; did you mean 'rms_norm_eps'"):
         blockffn.load(tmp_path)
-    assert blockffn.BlockFFNConfig(torch_dtype="float32", num_labels=2, auto_map={}).num_labels == 2  # Hugging Face's own
+    # Hugging Face's own fields stay what they are.
+    assert blockffn.BlockFFNConfig(torch_dtype="float32", num_labels=2, auto_map={}).num_labels == 2
 
 
 def test_a_wrong_dtype_is_refused(tmp_path: Path) -> None:
