@@ -36,7 +36,7 @@ def check_file(option: str, path: Path | None) -> None:
     """
     if path is None:
         return
-    if os.path.isdir(path):
+    if os.path.isdir(path):  # unlike a `Path`, it has an answer for names that are too long
         raise ValueError(f"{option} {path} is a folder; name a file")
     new = not os.path.exists(path)
     if not new and not os.path.isfile(path):  # a pipe, which would wait for its reader

@@ -76,19 +76,38 @@ def test_the_fastest_precision_is_best_and_the_stored_one_is_named_beside_it() -
     assert rates == sorted(rates, reverse=True)
 
 
+def test_plain_decoding_is_tried_beside_every_draft() -> None:
+    quick = {tokens: spent / 2 for tokens, spent in FLAT.items()}
+    advice = advise([target(FLAT), target(quick, "int4")], [draft()])
+    assert {(o.precision, o.draft) for o in advice.options} == {
+        (precision, name) for precision in ("auto", "int4") for name in ("head", "none")
+    }
+
+
 @pytest.mark.parametrize(
     ("rates", "best"), [((100.0, 120.0), "auto"), ((121.0, 120.0), "auto"), ((130.0, 120.0), "int4")]
 )
 def test_what_was_measured_outweighs_the_estimate(rates: tuple[float, float], best: str) -> None:
     quick = {tokens: spent / 2 for tokens, spent in FLAT.items()}
     estimated = advise([target(FLAT), target(quick, "int4")], [draft()])
-    assert [option.precision for option in estimated.options] == ["int4", "auto"]
-    advice = by_measurement(estimated, rates)
+    assert [(o.precision, o.draft) for o in estimated.options] == [
+        ("int4", "head"), ("int4", "none"), ("auto", "head"), ("auto", "none"),
+    ]  # fmt: skip
+    advice = by_measurement(estimated, (rates[0], 60.0, rates[1], 50.0))
     assert advice.best.precision == best
-    assert [option.precision for option in advice.options] == (
-        ["auto", "int4"] if rates[0] < rates[1] else ["int4", "auto"]
-    )
+    assert [o.precision for o in advice.options[:2]] == (["auto", "int4"] if rates[0] < rates[1] else ["int4", "auto"])
     assert advice.best_exact == estimated.best_exact
+    assert advice.warnings == estimated.warnings
+
+
+@pytest.mark.parametrize(("drafted", "best"), [(40.0, "none"), (102.0, "none"), (104.0, "head")])
+def test_a_draft_that_was_estimated_to_pay_must_do_so(drafted: float, best: str) -> None:
+    estimated = advise([target(FLAT)], [draft()])
+    assert estimated.best.draft == "head"
+    advice = by_measurement(estimated, (drafted, 100.0))
+    assert advice.best.draft == advice.best_exact.draft == best
+    said = f"head with a tree of 7 was estimated to pay, and gave {drafted / 100:.2f} times plain decoding"
+    assert any(said in warning for warning in advice.warnings) == (best == "none")
 
 
 def test_without_drafts_there_is_plain_decoding() -> None:

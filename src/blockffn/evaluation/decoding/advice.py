@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from blockffn.inference.speculative.tree import ROOT, DraftTree
@@ -82,7 +82,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Advice:
-    """Options, the best first; what is best among those that leave the weights alone; and warnings."""
+    """Options, the best first; what is best among those that leave the weights alone; and warnings.
+
+    Plain decoding is among the options of every target, beside the draft that may pay.
+    """
 
     options: tuple[Option, ...]
     best: Option
@@ -131,15 +134,33 @@ def options_of(target: TargetMeasurement, drafts: Sequence[DraftMeasurement]) ->
 def by_measurement(advice: Advice, rates: Sequence[float]) -> Advice:
     """The same options, ordered by the new tokens per second that decoding with them really gave.
 
-    Weights in another format than they are stored in must gain 3 % to be recommended.
+    Weights in another format than they are stored in must gain 3 % to be recommended, and so must drafts over the plain
+    decoding of the same weights; of drafts that did not, although it was estimated, there is a warning.
 
     Args:
         rates: in the order of `advice.options`.
     """
     ranked = sorted(zip(rates, advice.options, strict=True), key=lambda pair: -pair[0])
-    exact = next(rate for rate, option in ranked if option == advice.best_exact)
-    best = ranked[0][1] if ranked[0][0] >= PAYS * exact else advice.best_exact
-    return replace(advice, options=tuple(option for _, option in ranked), best=best)
+    best_of = {(option.backend, option.precision): (rate, option) for rate, option in ranked if option.tree == 0}
+    warnings = []
+    for rate, option in ranked:
+        way = option.backend, option.precision
+        if option.tree and rate >= PAYS * best_of[way][0]:
+            best_of[way] = rate, option
+        elif option.tree:
+            gain = rate / best_of[way][0]
+            warnings.append(
+                f"{', '.join(way)}: {option.draft} with a tree of {option.tree} was estimated to pay, and gave "
+                f"{gain:.2f} times plain decoding"
+            )
+    exact_rate, exact = best_of[advice.best_exact.backend, advice.best_exact.precision]
+    best_rate, best = max(best_of.values(), key=lambda pair: pair[0])
+    return Advice(
+        options=tuple(option for _, option in ranked),
+        best=best if best_rate >= PAYS * exact_rate else exact,
+        best_exact=exact,
+        warnings=(*advice.warnings, *warnings),
+    )
 
 
 def advise(targets: Sequence[TargetMeasurement], drafts: Sequence[DraftMeasurement]) -> Advice:
@@ -153,13 +174,14 @@ def advise(targets: Sequence[TargetMeasurement], drafts: Sequence[DraftMeasureme
     """
     if not targets:
         raise ValueError("there is nothing to advise on: no target was measured")
-    chosen, warnings = [], []
+    chosen, tried, warnings = [], [], []
     for target in targets:
         options = options_of(target, drafts)
         plain, drafted = options[0], options[1:]
         best = max(drafted, key=lambda option: option.tokens_per_second, default=plain)
         gain = best.tokens_per_second / plain.tokens_per_second
         chosen.append(best if gain >= PAYS else plain)
+        tried += [best, plain] if gain >= PAYS else [plain]  # what a draft gains is measured against plain decoding
         where = f"{target.backend}, {target.precision}"
         if drafted and gain < PAYS:
             warnings.append(
@@ -173,5 +195,5 @@ def advise(targets: Sequence[TargetMeasurement], drafts: Sequence[DraftMeasureme
                 warnings.append(
                     f"{where}: {draft.name} with a tree of {large.tree} loses: {loss:.2f} times plain decoding"
                 )
-    order = sorted(chosen, key=lambda option: -option.tokens_per_second)
+    order = sorted(tried, key=lambda option: -option.tokens_per_second)
     return Advice(tuple(order), order[0], chosen[0], tuple(warnings))
