@@ -147,9 +147,7 @@ def roofline(rows: list[dict[str, Any]]) -> Figure:
     span = [min(sizes) * 0.8, max(sizes) * 1.25]
     axes.plot(span, [size * 1e12 / bandwidth for size in span], color=INK, lw=1)
     label = f"memory: {bandwidth / 1e9:,.0f} GB/s"
-    axes.annotate(
-        label, (span[1], span[1] * 1e12 / bandwidth), (0, -16), textcoords="offset points", ha="right", va="top"
-    )
+    axes.annotate(label, (span[0], span[0] * 1e12 / bandwidth), (12, 0), textcoords="offset points", va="top")
     methods = list(dict.fromkeys(row["method"] for row in rows))
     kernels = list(dict.fromkeys(map(_kernel, methods)))
     for name in methods:

@@ -91,11 +91,11 @@ def time_chunks(module: Any, options: argparse.Namespace, report: Report, deadli
     if not methods or not chunks:
         raise SystemExit(f"nothing to time: methods are {', '.join(module.METHODS)}")
     rows: list[Row] = []
+    kind, report.data["gated"] = ", gated" if options.gated else "", options.gated
     for name in shapes:
         if on_gpu and time.monotonic() > deadline:
             break
         bench = module.Bench(name, methods, **({"gated": options.gated} if on_gpu else {}))
-        report.data["gated"] = options.gated
         if on_gpu:
             start = time.monotonic()
             bench.compile(chunks)
@@ -106,8 +106,7 @@ def time_chunks(module: Any, options: argparse.Namespace, report: Report, deadli
                 break
             with torch.inference_mode():
                 own = bench.run(chunk, options.rounds, options.seconds)
-            kind = ", gated" if options.gated else ""
-            print_rows(own, lambda row, kind=kind: f"{kind}, memory {row.bandwidth / 1e9:.1f} GB/s")
+            print_rows(own, lambda row: f"{kind}, memory {row.bandwidth / 1e9:.1f} GB/s")
             rows += own
             report.data["results"] = [asdict(row) for row in rows]
         report.write()

@@ -58,7 +58,7 @@ def train(
     from rich.console import Console
 
     from blockffn.settings import load_yaml, merge, parse_overrides, to_dict
-    from blockffn.training.config import TrainSettings, changed_settings, train_settings
+    from blockffn.training.config import TrainSettings, changed_settings, check_data_of_run, train_settings
 
     console = Console()
     check_json(json_path)
@@ -76,11 +76,7 @@ def train(
         settings = load_yaml(TrainSettings, out / "config.yaml")
         settings = changed_settings(to_dict(settings), changes)
         for folder in settings.data.folders:
-            if not Path(folder).is_dir():
-                raise ValueError(
-                    f"{out} was trained on {folder}, and there is no such folder from here; change to the folder where "
-                    "its training began"
-                )
+            check_data_of_run(out, folder)
     else:
         if data:
             changes = merge({"data": {"folders": folder_weights(data)}}, changes)

@@ -79,17 +79,13 @@ def heldout_batches(
     align = 1
     if (path / "config.yaml").is_file():
         from blockffn.settings import load_yaml
-        from blockffn.training.config import TrainSettings
+        from blockffn.training.config import TrainSettings, check_data_of_run
 
         settings = load_yaml(TrainSettings, path / "config.yaml").data
         align = settings.align
         if data is None:
             data = Path(next(iter(settings.folders)))
-            if not data.is_dir():
-                raise ValueError(
-                    f"{path} was trained on {data}, and there is no such folder from here; change to the folder where "
-                    "its training began, or say what text to score: --data FOLDER"
-                )
+            check_data_of_run(path, data, otherwise=", or say what text to score: --data FOLDER")
         sequence_length = sequence_length or settings.sequence_length
     if data is None:
         raise ValueError(f"{path} is not a run, so say what text to score: --data FOLDER (made by blockffn prepare)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from blockffn.presets import RECIPES, did_you_mean, objective_terms_of
@@ -168,6 +169,19 @@ class TrainSettings:
             )
         if not 0.0 <= self.schedule.decay_fraction <= 1.0:
             raise ValueError(f"schedule.decay_fraction must lie in 0…1, got {self.schedule.decay_fraction}")
+
+
+def check_data_of_run(run: Path, folder: str | Path, *, otherwise: str = "") -> None:
+    """Raise `ValueError` unless a run's data folder, which may be relative, is there from here.
+
+    Args:
+        otherwise: what else may be done about it.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(
+            f"{run} was trained on {folder}, and there is no such folder from here; change to the folder where its "
+            f"training began{otherwise}"
+        )
 
 
 def train_settings(size: str, method: str = "blockffn", changes: dict[str, Any] | None = None) -> TrainSettings:

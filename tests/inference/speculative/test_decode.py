@@ -369,13 +369,21 @@ class ListeningDrafter(OracleDrafter):
         self.told += list(tokens)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rounds_in_a_row_without_drafts_change_nothing(bigram: BigramTarget, temperature: float) -> None:
-    settings = replace(greedy(22), temperature=temperature, seed=4)
+def decode_in_rows(
+    bigram: BigramTarget, settings: GenerationSettings, shaper: Shaper, *, length: int
+) -> tuple[Generation, list[int], ListeningDrafter]:
+    """A text with drafts that are always right, the same as the plain loop's; that text; and the drafter."""
     text = generate(bigram, PROMPT, settings).token_ids
-    drafter, shaper = ListeningDrafter(PROMPT + text, bigram.vocab_size, wrong_every=0, length=2), RestingShaper()
+    drafter = ListeningDrafter(PROMPT + text, bigram.vocab_size, wrong_every=0, length=length)
     decoded = speculate(bigram, drafter, settings, shaper=shaper)
     assert decoded.token_ids == text
+    return decoded, text, drafter
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rounds_in_a_row_without_drafts_change_nothing(bigram: BigramTarget, temperature: float) -> None:
+    settings, shaper = replace(greedy(22), temperature=temperature, seed=4), RestingShaper()
+    decoded, text, drafter = decode_in_rows(bigram, settings, shaper, length=2)
     # A first token, then three plain ones and three with drafts in turn; the last rest ends with the text.
     assert shaper.rests == [3, 3, 3, 3]
     assert (counts(decoded).verifications, counts(decoded).verified_tokens) == (12 + 3, 21)
@@ -419,11 +427,8 @@ class RowsShaper(RestingShaper):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rounds_in_a_row_with_drafts_change_nothing(bigram: BigramTarget, temperature: float) -> None:
-    settings = replace(greedy(23), temperature=temperature, seed=4)
-    text = generate(bigram, PROMPT, settings).token_ids
-    drafter, shaper = ListeningDrafter(PROMPT + text, bigram.vocab_size, wrong_every=0, length=5), RowsShaper()
-    decoded = speculate(bigram, drafter, settings, shaper=shaper)
-    assert decoded.token_ids == text
+    settings, shaper = replace(greedy(23), temperature=temperature, seed=4), RowsShaper()
+    decoded, text, drafter = decode_in_rows(bigram, settings, shaper, length=5)
     # A first token, three plain ones, two rounds of four; then the same, but the text leaves room for fewer drafts.
     assert shaper.rests == [3, 3]
     assert [(len(round_.tree), round_.accepted) for round_ in shaper.rounds] == [(3, 3), (3, 3), (3, 3), (3, 3)]

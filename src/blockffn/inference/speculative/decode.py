@@ -209,20 +209,20 @@ def _rest(
 ) -> Iterator[list[int]]:
     """Rounds without drafts, fewer where the request ends; gives their tokens. What the reader does between them takes
     no part of their time."""
-    recorder, extend, commit, last = request.recorder, target.extend, target.commit, routine.rounds - 1
+    recorder = request.recorder
     roots, states, seconds, root = list[int](), list[Tensor](), list[float](), request.tokens[-1]
     try:
         while True:
             roots.append(root)
-            step = extend([root])
-            commit([0])
+            step = target.extend([root])
+            target.commit([0])
             spent = recorder.lap("decode")
             root = next_token(step, request, generator)
             request.take([root])
             seconds.append(spent + recorder.lap("sampling"))
             recorder.add(step)
             states.append(step.hidden)
-            if len(roots) > last or request.finish_reason is not None:
+            if len(roots) == routine.rounds or request.finish_reason is not None:
                 break
             yield [root]
             recorder.start()
